@@ -1,0 +1,123 @@
+"""A directory that appears whole or not at all.
+
+Files are written into a hidden directory beside the final one, synced, listed in a manifest with
+sizes and SHA-256, and renamed into place; the parent directory is synced last. A crash at any
+moment leaves the old directory or the new one, never a mixture.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+from halfbyte.errors import CheckpointError
+
+MANIFEST = "manifest.json"
+MANIFEST_VERSION = 1
+_CHUNK_BYTES = 1 << 22
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sha256(path: Path) -> str:
+    """Return the SHA-256 of a file as 64 hexadecimal digits."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK_BYTES):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _files(directory: Path) -> list[Path]:
+    return sorted(path for path in directory.rglob("*") if path.is_file() and path.name != MANIFEST)
+
+
+def write_manifest(directory: Path) -> None:
+    """Sync every file below `directory`, then write and sync `manifest.json` over all of them."""
+    files = {}
+    for path in _files(directory):
+        _sync(path)
+        name = path.relative_to(directory).as_posix()
+        files[name] = {"bytes": path.stat().st_size, "sha256": sha256(path)}
+    manifest = directory / MANIFEST
+    text = json.dumps({"version": MANIFEST_VERSION, "files": files}, indent=2, sort_keys=True)
+    manifest.write_text(text + "\n", encoding="utf-8")
+    _sync(manifest)
+    _sync(directory)
+
+
+def verify(directory: Path) -> None:
+    """Check every file of `directory` against its manifest.
+
+    Raises:
+        CheckpointError: the manifest or a file is missing, or a size or checksum differs.
+    """
+    manifest = directory / MANIFEST
+    again = "use an older checkpoint, or copy this one again from where it came"
+    try:
+        content = json.loads(manifest.read_text(encoding="utf-8"))
+        version, files = content["version"], content["files"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{manifest} cannot be read: {error}", hint=again) from error
+    if version != MANIFEST_VERSION:
+        raise CheckpointError(
+            f"{manifest} has version {version}, this Halfbyte reads version {MANIFEST_VERSION}",
+            hint="use the Halfbyte that wrote it",
+        )
+    for name, expected in files.items():
+        path = directory / name
+        if not path.is_file():
+            raise CheckpointError(f"{path} is listed in the manifest but missing", hint=again)
+        if path.stat().st_size != expected["bytes"] or sha256(path) != expected["sha256"]:
+            raise CheckpointError(f"{path} differs from its checksum in the manifest", hint=again)
+
+
+@contextlib.contextmanager
+def publish(final: Path, *, overwrite: bool = False) -> Iterator[Path]:
+    """Yield an empty directory that becomes `final`, whole, when the block ends without an error.
+
+    Args:
+        final: The directory to make.
+        overwrite: Replace a directory that is already there (it stays until the new one is whole).
+
+    Raises:
+        CheckpointError: `final` exists and `overwrite` is false, or it cannot be written.
+    """
+    final = Path(final)
+    if final.exists() and not overwrite and (not final.is_dir() or any(final.iterdir())):
+        raise CheckpointError(
+            f"{final} already exists", hint="choose another place, or allow it to be overwritten"
+        )
+    unique = uuid.uuid4().hex[:8]
+    partial = final.parent / f".{final.name}.{unique}.partial"
+    try:
+        partial.mkdir(parents=True)
+    except OSError as error:
+        raise CheckpointError(f"cannot write to {final.parent}: {error.strerror}") from error
+    try:
+        yield partial
+        write_manifest(partial)
+        if final.exists():
+            old = final.parent / f".{final.name}.{unique}.old"
+            final.rename(old)
+            partial.rename(final)
+            shutil.rmtree(old, ignore_errors=True)
+        else:
+            partial.rename(final)
+        _sync(final.parent)
+    except OSError as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise CheckpointError(f"writing {final} failed: {error}") from error
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise

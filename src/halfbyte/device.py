@@ -1,0 +1,81 @@
+"""Where we run: device, compute dtype and memory in use."""
+
+import ctypes
+import functools
+import resource
+import sys
+
+import torch
+
+from halfbyte.errors import DeviceError
+
+
+def default_device() -> torch.device:
+    """Return the current CUDA device where there is one, else the CPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")
+
+
+def resolve_device(name: str | torch.device | None) -> torch.device:
+    """Return the device called `name` (`None` and "auto" mean the default).
+
+    Raises:
+        DeviceError: `name` is no device, or this machine does not have it.
+    """
+    if name is None or name == "auto":
+        return default_device()
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise DeviceError(
+            f"expected a device such as 'cuda', 'cuda:1' or 'cpu', got {name!r}",
+            hint="leave `device` out to take the GPU where there is one",
+        ) from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise DeviceError(
+            f"{name!r} was asked for, but torch {torch.__version__} sees no CUDA device",
+            hint="run `halfbyte doctor` to see what is missing, or use device=cpu",
+        )
+    return device
+
+
+@functools.cache
+def _cpu_has_fast_bfloat16() -> bool:
+    """Whether oneDNN multiplies bf16 in hardware here (AVX512-BF16 or AMX)."""
+    return bool(torch.backends.cpu.get_cpu_capability().startswith("AVX512")) and bool(
+        torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    )
+
+
+def compute_dtype(device: torch.device | str) -> torch.dtype:
+    """Return the dtype that matrices are multiplied in on `device`.
+
+    bf16 where the hardware has it; on GPUs before Ampere float16, on CPUs that would emulate it float32.
+    """
+    device = torch.device(device)
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    return torch.bfloat16 if _cpu_has_fast_bfloat16() else torch.float32
+
+
+def peak_rss_bytes() -> int:
+    """Return the largest resident set that this process ever had, in bytes."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def peak_bytes(device: torch.device | str) -> int:
+    """Return this process's peak bytes on `device`: the allocator's on CUDA, the RSS on a CPU."""
+    device = torch.device(device)
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else peak_rss_bytes()
+
+
+def release_unused_memory(device: torch.device | str) -> None:
+    """Give cached blocks that nothing uses back to the driver (CUDA) or the system (glibc)."""
+    if torch.device(device).type == "cuda":
+        torch.cuda.empty_cache()
+    elif sys.platform == "linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+        if trim is not None:
+            trim(0)
