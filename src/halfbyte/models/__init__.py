@@ -1,0 +1,1 @@
+"""Models: loaded, quantized, and looked into."""

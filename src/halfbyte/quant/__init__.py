@@ -1,0 +1,1 @@
+"""The 4-bit weight and the linear layer on it."""
