@@ -1,27 +1,27 @@
-import dataclasses
+import collections
 
 import pytest
 import torch
+from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
+from torch._dynamo.backends.common import aot_autograd
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from halfbyte.kernels.lora_linear import lora_linear
+from halfbyte.quant.weight import QuantizedWeight
 
 
-@dataclasses.dataclass
-class CountingWeight:
-    """A quantized weight's interface over a dense one, counting the live dense copies."""
+class CountOps(TorchDispatchMode):
+    """Counts the ops that ran, by name."""
 
-    dense: torch.Tensor
-    calls: int = 0
+    def __init__(self):
+        super().__init__()
+        self.count = collections.Counter()
 
-    @property
-    def shape(self):
-        return self.dense.shape
-
-    def dequantize(self, dtype=None):
-        self.calls += 1
-        return self.dense.to(dtype, copy=True)
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count[func.overloadpacket.__name__] += 1
+        return func(*args, **(kwargs or {}))
 
 
 def make(rows, in_features, out_features, rank, *, dtype=torch.bfloat16, bias=True, seed=0):
@@ -54,24 +54,36 @@ def outcome(function, grad_y, *leaves):
 
 
 def relative_errors(got, exact):
-    return [((g - e).norm() / e.norm().clamp_min(1e-30)).item() for g, e in zip(got, exact)]
+    return [
+        ((g - e).norm() / e.norm().clamp_min(1e-30)).item() for g, e in zip(got, exact, strict=True)
+    ]
 
 
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize(
     ("rows", "in_features", "out_features", "rank"),
-    [((64,), 128, 96, 16), ((2, 33), 65, 31, 3), ((1,), 7, 5, 1), ((3, 2, 5), 130, 259, 8), ((1, 1), 1, 1, 1)],
+    [
+        ((64,), 128, 96, 16),
+        ((2, 33), 65, 31, 3),
+        ((1,), 7, 5, 1),
+        ((3, 2, 5), 130, 259, 8),
+        ((1, 1), 1, 1, 1),
+    ],
 )
-def test_error_is_at_most_twice_the_plain_bf16_formulas(rows, in_features, out_features, rank, bias):
+def test_error_is_at_most_twice_the_plain_bf16_formulas(
+    rows, in_features, out_features, rank, bias
+):
     x, weight, b, A, B, grad_y = make(rows, in_features, out_features, rank, bias=bias)
     leaves = (x, A, B)
     exact = outcome(
-        lambda: reference(x.double(), weight, b, A.double(), B.double(), 2.0, torch.float64), grad_y, *leaves
+        lambda: reference(x.double(), weight, b, A.double(), B.double(), 2.0, torch.float64),
+        grad_y,
+        *leaves,
     )
     plain = outcome(lambda: reference(x, weight, b, A, B, 2.0, torch.bfloat16), grad_y, *leaves)
     ours = outcome(lambda: lora_linear(x, weight, b, A, B, 2.0), grad_y, *leaves)
     rounding = 2.0**-9
-    for got, bound in zip(relative_errors(ours, exact), relative_errors(plain, exact)):
+    for got, bound in zip(relative_errors(ours, exact), relative_errors(plain, exact), strict=True):
         assert got <= 2 * bound + rounding
 
 
@@ -80,28 +92,59 @@ def test_every_gradient_passes_gradcheck_in_float64(shape):
     x, weight, b, A, B, _ = make(shape, 6, 4, 3, dtype=torch.float64)
     A, B = (t.detach().double().requires_grad_() for t in (A, B))
     b.requires_grad_()
-    assert torch.autograd.gradcheck(lambda *t: lora_linear(t[0], weight, t[1], t[2], t[3], 0.7), (x, b, A, B))
+    assert torch.autograd.gradcheck(
+        lambda *t: lora_linear(t[0], weight, t[1], t[2], t[3], 0.7), (x, b, A, B)
+    )
 
 
-def test_a_quantized_weight_is_dequantized_once_a_pass_and_not_kept():
+@pytest.mark.parametrize("double_quant", [False, True])
+def test_a_quantized_weight_gives_what_its_dense_values_give(double_quant):
     x, weight, b, A, B, grad_y = make((8,), 32, 16, 4)
-    quantized = CountingWeight(weight)
+    quantized = QuantizedWeight.quantize(weight, double_quant=double_quant)
     leaves = (x, A, B)
-    dense = outcome(lambda: lora_linear(x, weight, b, A, B, 1.0), grad_y, *leaves)
+    dense = outcome(lambda: lora_linear(x, quantized.dequantize(), b, A, B, 1.0), grad_y, *leaves)
     packed = outcome(lambda: lora_linear(x, quantized, b, A, B, 1.0), grad_y, *leaves)
-    assert quantized.calls == 2
-    assert all(torch.equal(a, c) for a, c in zip(dense, packed))
+    assert all(torch.equal(a, c) for a, c in zip(dense, packed, strict=True))
 
+
+def test_nothing_of_the_weights_size_is_saved():
+    x, weight, b, A, B, _ = make((8,), 32, 16, 4)
+    quantized = QuantizedWeight.quantize(weight)
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
         lora_linear(x, quantized, b, A, B, 1.0)
+    assert saved
     assert all(tuple(t.shape) != tuple(weight.shape) for t in saved)
+
+
+def test_a_compiled_graph_does_not_keep_the_dense_weight():
+    x, weight, b, A, B, grad_y = make((8,), 40, 16, 4)
+    quantized = QuantizedWeight.quantize(weight)
+    eager = outcome(lambda: lora_linear(x, quantized, b, A, B, 0.5), grad_y, x, A, B)
+    kept = []
+
+    def look(graph, _):
+        (output,) = (node for node in graph.graph.nodes if node.op == "output")
+        kept.extend(node.meta["val"] for node in output.args[0] if hasattr(node, "meta"))
+        return make_boxed_func(graph)
+
+    backend = aot_autograd(fw_compiler=look, partition_fn=min_cut_rematerialization_partition)
+    compiled = torch.compile(lora_linear, fullgraph=True, backend=backend)
+    traced = outcome(lambda: compiled(x, quantized, b, A, B, 0.5), grad_y, x, A, B)
+    assert len(kept) > 1
+    assert all(isinstance(t, torch.Tensor) and tuple(t.shape) != (16, 40) for t in kept)
+    for got, want in zip(traced, eager, strict=True):
+        torch.testing.assert_close(got, want, rtol=0.02, atol=0.02)
 
 
 def test_gradients_have_the_dtype_of_their_parameters():
     x, weight, b, A, B, grad_y = make((8,), 32, 16, 4)
     lora_linear(x, weight, b, A, B, 1.0).backward(grad_y)
-    assert (x.grad.dtype, A.grad.dtype, B.grad.dtype) == (torch.bfloat16, torch.float32, torch.float32)
+    assert (x.grad.dtype, A.grad.dtype, B.grad.dtype) == (
+        torch.bfloat16,
+        torch.float32,
+        torch.float32,
+    )
 
 
 def test_frozen_adapters_still_pass_the_gradient_through():
@@ -113,9 +156,10 @@ def test_frozen_adapters_still_pass_the_gradient_through():
 
 def test_an_input_without_gradient_costs_one_dequantization():
     x, weight, b, A, B, grad_y = make((8,), 32, 16, 4)
-    quantized = CountingWeight(weight)
-    lora_linear(x.detach(), quantized, b, A, B, 1.0).backward(grad_y)
-    assert quantized.calls == 1
+    quantized = QuantizedWeight.quantize(weight)
+    with CountOps() as ops:
+        lora_linear(x.detach(), quantized, b, A, B, 1.0).backward(grad_y)
+    assert (ops.count["linear_4bit"], ops.count["grad_input_4bit"]) == (1, 0)
     assert A.grad is not None
 
 
@@ -143,15 +187,19 @@ class TestDropout:
         grad_y = torch.randn_like(y)
         got = torch.autograd.grad(y, (x, A, B), grad_y)
         expected = torch.autograd.grad(want, (x, A, B), grad_y)
-        for g, e in zip(got, expected):
+        for g, e in zip(got, expected, strict=True):
             torch.testing.assert_close(g, e)
 
     def test_average_over_masks_is_the_layer_without_dropout(self):
         x, weight, b, A, B, _ = make((4,), 16, 8, 4, dtype=torch.float32)
         torch.manual_seed(0)
         with torch.no_grad():
-            mean = sum(lora_linear(x, weight, b, A, B, 1.0, dropout_p=0.3) for _ in range(4000)) / 4000
-            torch.testing.assert_close(mean, lora_linear(x, weight, b, A, B, 1.0), atol=0.06, rtol=0.02)
+            mean = (
+                sum(lora_linear(x, weight, b, A, B, 1.0, dropout_p=0.3) for _ in range(4000)) / 4000
+            )
+            torch.testing.assert_close(
+                mean, lora_linear(x, weight, b, A, B, 1.0), atol=0.06, rtol=0.02
+            )
 
     def test_evaluation_drops_nothing(self):
         x, weight, b, A, B, _ = make((4,), 16, 8, 4)
@@ -169,7 +217,7 @@ class TestDropout:
         plain = outcome(lambda: layer(x), grad_y, x, A, B)
         torch.manual_seed(5)
         saved = outcome(lambda: checkpoint(layer, x, use_reentrant=reentrant), grad_y, x, A, B)
-        assert all(torch.equal(a, c) for a, c in zip(plain, saved))
+        assert all(torch.equal(a, c) for a, c in zip(plain, saved, strict=True))
 
 
 def test_autocast_computes_in_its_dtype():
@@ -188,7 +236,7 @@ def test_compiles_to_the_same_result():
     eager = outcome(lambda: lora_linear(x, weight, b, A, B, 0.5), grad_y, x, A, B)
     compiled = torch.compile(lora_linear, fullgraph=True, backend="aot_eager")
     traced = outcome(lambda: compiled(x, weight, b, A, B, 0.5), grad_y, x, A, B)
-    for got, want in zip(traced, eager):
+    for got, want in zip(traced, eager, strict=True):
         torch.testing.assert_close(got, want, rtol=0.02, atol=0.02)
 
 

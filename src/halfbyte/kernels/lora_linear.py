@@ -1,4 +1,4 @@
-r"""A linear layer with a low-rank update, `y = x W^T + b + s · dropout(x) A^T B^T`, on a frozen weight.
+r"""A linear layer with a low-rank update: `y = x W^T + b + s · dropout(x) A^T B^T`, W frozen.
 
 LoRA (Hu et al. 2021, arXiv 2106.09685, section 4.1) trains A and B; QLoRA (Dettmers et al. 2023,
 arXiv 2305.14314, equation 5) holds W in four bits and dequantizes it for each product. Plain
@@ -18,33 +18,31 @@ Shape letters: T rows of x, I in features, O out features, R rank.
 """
 
 import math
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from halfbyte.kernels.linear_4bit import PackedMatrix, grad_input_4bit, linear_4bit
 
-class QuantizedMatrix(Protocol):
-    """What is asked of a quantized weight: a dense `[O, I]` tensor in a dtype, made anew each time."""
-
-    @property
-    def shape(self) -> torch.Size | tuple[int, ...]:
-        """`(O, I)`."""
-
-    def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
-        """Return the dense weight `[O, I]`."""
+Weight = Tensor | PackedMatrix
 
 
-Weight = Tensor | QuantizedMatrix
+def _product(x_TI: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
+    if isinstance(weight, Tensor):
+        return F.linear(x_TI, weight.to(x_TI.dtype), bias)
+    return linear_4bit(x_TI, weight, bias)
 
 
-def _dense(weight: Weight, dtype: torch.dtype) -> Tensor:
-    return weight.to(dtype) if isinstance(weight, Tensor) else weight.dequantize(dtype)
+def _grad_input(grad_TO: Tensor, weight: Weight) -> Tensor:
+    if isinstance(weight, Tensor):
+        return grad_TO @ weight.to(grad_TO.dtype)
+    return grad_input_4bit(grad_TO, weight)
 
 
 def _gradient(left: Tensor, right: Tensor, scaling: float, dtype: torch.dtype) -> Tensor:
-    """Return `scaling · left @ right` in `dtype`, without rounding to 16 bits first where BLAS can."""
+    """Return `scaling · left @ right` in `dtype`, not rounded to 16 bits before where BLAS can."""
     if left.is_cuda and dtype == torch.float32 and left.dtype in (torch.bfloat16, torch.float16):
         return torch.mm(left, right, out_dtype=torch.float32).mul_(scaling)
     return torch.mm(left, right).to(dtype).mul_(scaling)
@@ -65,7 +63,7 @@ class _LoraLinear(torch.autograd.Function):
         dtype = x_TI.dtype
         A_RI, B_OR = lora_A.to(dtype), lora_B.to(dtype)
         xA_TR = (x_TI if mask_TI is None else x_TI * mask_TI) @ A_RI.t()
-        y_TO = F.linear(x_TI, _dense(weight, dtype), None if bias is None else bias.to(dtype))
+        y_TO = _product(x_TI, weight, None if bias is None else bias.to(dtype))
         y_TO.addmm_(xA_TR, B_OR.t(), alpha=scaling)
 
         needs_A, needs_B = ctx.needs_input_grad[3:5]
@@ -92,7 +90,7 @@ class _LoraLinear(torch.autograd.Function):
             dropped_TI = x_TI if mask_TI is None else x_TI * mask_TI
             grad_A = _gradient(g_TR.t(), dropped_TI, ctx.scaling, dtype_A)
         if needs_x:
-            grad_x = grad_TO @ _dense(ctx.weight, grad_TO.dtype)
+            grad_x = _grad_input(grad_TO, ctx.weight)
             if mask_TI is None:
                 grad_x.addmm_(g_TR, A_RI, alpha=ctx.scaling)
             else:
