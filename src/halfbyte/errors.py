@@ -6,7 +6,8 @@
     ├── CheckpointError     a file on disk is missing, damaged or of another kind
     ├── QuantizationError   a weight cannot be held in four bits
     ├── AdapterError        an adapter does not fit the model
-    └── DeviceError         the machine lacks what was asked for, or ran out of it
+    ├── DeviceError         the machine lacks what was asked for, or ran out of it
+    └── TrainingError       a run cannot go on: its loss or gradient is no longer finite
 
 Each message says what was expected, what came, and (as `hint`) what to do.
 The command line prints both lines and exits with code 2; a traceback is only for our own mistakes.
@@ -52,3 +53,7 @@ class AdapterError(HalfbyteError):
 
 class DeviceError(HalfbyteError):
     """The machine lacks what was asked for, or ran out of it."""
+
+
+class TrainingError(HalfbyteError):
+    """A run cannot go on: its loss or gradient is no longer finite."""

@@ -1,0 +1,1 @@
+"""Who uses which bytes, and what to do when there are too few."""

@@ -1,0 +1,1 @@
+"""How the adapters move: the optimizer and the learning rate."""

@@ -1,0 +1,151 @@
+"""The summed token loss of a causal language model, without its logits where that is proven right.
+
+Most models are a body (embedding, decoder layers, norm) and an output embedding, perhaps with a
+scale or a soft cap on the logits. Then the body's hidden states go straight into
+`linear_cross_entropy`, which never holds [tokens, vocabulary]. Whether a model is like that is not
+looked up by name: one forward pass of a few tokens must give the same logits both ways. Otherwise
+(an adapted output embedding, an unknown last step) the model's own logits are used.
+
+Shapes: B rows, S positions, N = B * S, h hidden size, V vocabulary.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+
+from halfbyte.data.loader import Batch
+from halfbyte.kernels.cross_entropy import linear_cross_entropy
+
+IGNORE_INDEX = -100
+_PROBE_TOKENS = 8
+_PROBE_TOLERANCE = (
+    0.02  # of the largest logit; two roundings of bf16 stay below, a forgotten scale does not
+)
+
+
+@dataclass(frozen=True)
+class _Head:
+    """logits = cap(scale * (hidden W^T + bias)), with cap(x) = softcap * tanh(x / softcap)."""
+
+    linear: nn.Linear
+    logit_scale: float
+    softcap: float | None
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        logits = self.linear(hidden).float() * self.logit_scale
+        return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
+
+
+@dataclass(frozen=True)
+class LanguageModel:
+    """A causal language model, taken apart for its loss.
+
+    Attributes:
+        model: What was given: a transformers model or a peft model around one.
+        body: Maps token ids to hidden states; `None` where the model's own logits are used.
+        head: Maps hidden states to logits.
+    """
+
+    model: nn.Module
+    body: nn.Module | None = None
+    head: _Head | None = None
+
+    @classmethod
+    def of(cls, model: nn.Module) -> "LanguageModel":
+        """Take `model` apart if one small forward pass proves that the parts give its logits."""
+        causal = model.get_base_model() if isinstance(model, PeftModel) else model
+        if not isinstance(causal, PreTrainedModel):
+            return cls(model)
+        body = getattr(causal, causal.base_model_prefix, None)
+        linear = causal.get_output_embeddings()
+        # Exactly nn.Linear: an adapted or quantized output embedding has a forward of its own
+        if body is None or body is causal or type(linear) is not nn.Linear:
+            return cls(model)
+        head = _Head(linear, _logit_scale(causal.config), _softcap(causal.config))
+        return cls(model, body, head) if _proves(causal, body, head) else cls(model)
+
+    def loss_sum(self, batch: Batch) -> Tensor:
+        """Return the summed loss of the supervised tokens: float32 scalar, on the last device.
+
+        Args:
+            batch: Token ids and unshifted labels [B, S]; it may lie on the CPU.
+        """
+        inputs = _inputs(batch, self.model.get_input_embeddings().weight.device)  # type: ignore[operator]
+        labels = F.pad(batch.labels, (0, 1), value=IGNORE_INDEX)[:, 1:].reshape(
+            -1
+        )  # position t predicts t + 1
+        if self.body is None or self.head is None:
+            logits = self.model(**inputs, use_cache=False).logits.flatten(0, 1).float()
+            labels = labels.to(logits.device, non_blocking=True)
+            return F.cross_entropy(logits, labels, ignore_index=IGNORE_INDEX, reduction="sum")
+        hidden = self.body(**inputs, use_cache=False)[0].flatten(0, 1)
+        return linear_cross_entropy(
+            hidden,
+            self.head.linear.weight,
+            labels.to(hidden.device, non_blocking=True),
+            bias=self.head.linear.bias,
+            logit_scale=self.head.logit_scale,
+            softcap=self.head.softcap,
+        )
+
+
+def _inputs(batch: Batch, device: torch.device) -> dict[str, Tensor]:
+    """Return the model's arguments, on `device`, without a mask where none is needed.
+
+    Rows padded on the right need no mask: a causal model's real tokens never see what comes after
+    them, and padding has no labels. That spares a [S, S] mask and keeps the fast attention kernels.
+    Packed rows come without a mask too: from positions that start again, transformers builds the
+    block-diagonal one.
+    """
+    inputs = {"input_ids": batch.input_ids}
+    if batch.attention_mask is None:
+        inputs["position_ids"] = batch.position_ids
+    elif not bool(batch.attention_mask[:, 0].all()):
+        inputs |= {"attention_mask": batch.attention_mask, "position_ids": batch.position_ids}
+    if device.type == "cuda":
+        inputs = {
+            name: tensor.pin_memory()
+            for name, tensor in inputs.items()
+            if tensor.device.type == "cpu"
+        }
+    return {name: tensor.to(device, non_blocking=True) for name, tensor in inputs.items()}
+
+
+def _logit_scale(config: Any) -> float:
+    """Return the factor on the logits: Cohere's or Falcon H1's, or one over Granite's divisor."""
+    text = config.get_text_config()
+    for name in ("logit_scale", "lm_head_multiplier"):
+        if getattr(text, name, None) is not None:
+            return float(getattr(text, name))
+    divisor = getattr(text, "logits_scaling", None)
+    return 1.0 if divisor is None else 1.0 / float(divisor)
+
+
+def _softcap(config: Any) -> float | None:
+    """Return the soft cap on the logits (Gemma 2)."""
+    return getattr(config.get_text_config(), "final_logit_softcapping", None)
+
+
+@torch.no_grad()
+def _proves(causal: PreTrainedModel, body: nn.Module, head: _Head) -> bool:
+    """Whether `head` on `body` gives the logits of `causal` on a few tokens."""
+    embedding: Tensor = causal.get_input_embeddings().weight  # type: ignore[assignment]
+    ids = torch.arange(_PROBE_TOKENS, device=embedding.device).unsqueeze(0) % embedding.shape[0]
+    captured: list[Tensor] = []
+    hook = body.register_forward_hook(lambda _module, _args, output: captured.append(output[0]))
+    was_training = causal.training
+    causal.eval()
+    try:
+        expected = causal(input_ids=ids, use_cache=False).logits.float()
+    finally:
+        hook.remove()
+        causal.train(was_training)
+    if len(captured) != 1:
+        return False
+    error = (head.logits(captured[0]) - expected).abs().max()
+    return bool(error <= _PROBE_TOLERANCE * expected.abs().max())

@@ -1,0 +1,103 @@
+"""One optimizer step: gradients over the micro-batches, a check, clipping, the update.
+
+The loss is the sum over the supervised tokens of all micro-batches divided by their number, so how
+a batch is cut into micro-batches changes nothing. Loss and gradient norm reach the host once,
+together, before the
+update: a step that is not finite changes no parameter.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from halfbyte.data.loader import Batch
+from halfbyte.errors import TrainingError
+from halfbyte.optim.adamw import AdamW
+from halfbyte.train.loss import LanguageModel
+from halfbyte.train.rng import seed_micro_step
+
+_CLIP_EPSILON = 1e-6  # as torch.nn.utils.clip_grad_norm_
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one step measured.
+
+    Attributes:
+        loss: Mean over the supervised tokens, before the update.
+        grad_norm: 2-norm of the gradient, before clipping.
+        supervised_tokens: Tokens that the loss is a mean over.
+        tokens: All real tokens.
+    """
+
+    loss: float
+    grad_norm: float
+    supervised_tokens: int
+    tokens: int
+
+
+def train_step(
+    model: LanguageModel,
+    optimizer: AdamW,
+    batches: Sequence[Batch],
+    *,
+    step: int,
+    learning_rate: float,
+    max_grad_norm: float,
+    seed: int,
+) -> StepResult:
+    """Do optimizer step `step` (counted from 0) on `batches`.
+
+    Args:
+        model: The model, in training mode.
+        optimizer: Holds the parameters; its gradients are overwritten.
+        batches: The micro-batches.
+        step: Seeds dropout, with `seed`.
+        learning_rate: For this step.
+        max_grad_norm: Longer gradients are scaled down to it; 0 means never.
+        seed: Of the run.
+
+    Raises:
+        TrainingError: the loss or the gradient is not finite; nothing was updated.
+    """
+    supervised = sum(batch.num_supervised for batch in batches)
+    optimizer.zero_grad()
+    losses = []
+    for micro_step, batch in enumerate(batches):
+        seed_micro_step(seed, step, micro_step)
+        loss = model.loss_sum(batch) / max(supervised, 1)
+        loss.backward()
+        losses.append(loss.detach())
+    norm = optimizer.grad_norm()
+    *values, grad_norm = torch.stack(
+        [*(loss.to(norm.device) for loss in losses), norm]
+    ).tolist()  # the only sync
+    _check_finite(values, grad_norm, batches, step)
+    optimizer.step(learning_rate, grad_scale=_clip(grad_norm, max_grad_norm))
+    return StepResult(
+        sum(values), grad_norm, supervised, sum(batch.num_tokens for batch in batches)
+    )
+
+
+def _clip(grad_norm: float, max_grad_norm: float) -> float:
+    return min(1.0, max_grad_norm / (grad_norm + _CLIP_EPSILON)) if max_grad_norm > 0 else 1.0
+
+
+def _check_finite(
+    losses: Sequence[float], grad_norm: float, batches: Sequence[Batch], step: int
+) -> None:
+    if all(map(math.isfinite, losses)) and math.isfinite(grad_norm):
+        return
+    bad = next((position for position, loss in enumerate(losses) if not math.isfinite(loss)), None)
+    if bad is None:
+        what = f"the gradient norm is {grad_norm}"
+    else:
+        rows, length = batches[bad].input_ids.shape
+        where = f"micro-batch {bad + 1} of {len(batches)} ({rows} x {length} tokens)"
+        what = f"the loss of {where} is {losses[bad]}"
+    raise TrainingError(
+        f"step {step + 1}: {what}; nothing was updated or saved",
+        hint="lower learning_rate, check this batch's data, or resume from the last checkpoint",
+    )
