@@ -138,3 +138,15 @@ def dynamic_map(*, signed: bool = True) -> torch.Tensor:
         return torch.cat([zero_and_one[:1], _float32(_UNSIGNED_DYNAMIC_MAP), zero_and_one[1:]])
     positive = _float32(_SIGNED_DYNAMIC_MAP)
     return torch.cat([-positive.flip(0), zero_and_one[:1], positive, zero_and_one[1:]])
+
+
+def dynamic_thresholds(*, signed: bool = True) -> torch.Tensor:
+    """Return float32 [255]: the index of the value nearest to x is the count of T < x.
+
+    A midpoint itself belongs to the even index, as in bitsandbytes' search on CUDA: between an odd
+    index and the even one above it, T is the float below the midpoint.
+    """
+    values = dynamic_map(signed=signed)
+    midpoints = (values[:-1] + values[1:]) * 0.5
+    midpoints[1::2] = torch.nextafter(midpoints[1::2], torch.full_like(midpoints[1::2], -torch.inf))
+    return midpoints

@@ -215,19 +215,12 @@ def reference_quantize_blockwise(values: torch.Tensor) -> tuple[torch.Tensor, to
     padded = padded.view(-1, NESTED_BLOCK_SIZE)
     nested_absmax = padded.abs().amax(dim=1)
     scaled = padded * (1.0 / nested_absmax)[:, None]
-    find = _nearest_exact if device.type == "cuda" else _nearest_binned
-    codes = find(scaled, codebooks.dynamic_map().to(device))
+    if device.type == "cuda":
+        codes = torch.bucketize(scaled, codebooks.dynamic_thresholds().to(device))
+    else:
+        codes = _nearest_binned(scaled, codebooks.dynamic_map())
     codes = torch.where(nested_absmax[:, None] > 0, codes, 0).to(torch.uint8)
     return codes.view(-1)[:numel], nested_absmax
-
-
-def _nearest_exact(x: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
-    """Return the index of the nearest value; an exact midpoint goes to the even index (CUDA)."""
-    midpoints = (table[:-1] + table[1:]) * 0.5
-    # Between an odd index and the even one above it the midpoint itself belongs to the upper one.
-    below = torch.nextafter(midpoints, torch.full_like(midpoints, -math.inf))
-    is_odd = torch.arange(255, device=x.device) % 2 == 1
-    return torch.bucketize(x, torch.where(is_odd, below, midpoints))
 
 
 def _nearest_binned(x: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
