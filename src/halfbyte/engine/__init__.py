@@ -1,0 +1,1 @@
+"""The fast path: decoder layers run fused, with what they save chosen by a policy."""

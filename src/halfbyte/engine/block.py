@@ -1,0 +1,224 @@
+"""The two halves of a fused decoder block, around attention, as autograd functions.
+
+    into attention   x ─ norm ─ q, k, v with LoRA ─ RoPE ─► q, k, v          (and x itself)
+    out of attention attention, x ─ o with LoRA ─ add ─ norm ─ gate, up ─ gated ─ down ─ add ─► y
+
+Shape letters: T tokens (batch and sequence flattened), H hidden size, I intermediate size.
+
+What is saved for the backward is chosen, not left to autograd: never a dequantized weight, never
+what a cheap kernel makes again (both norms' outputs, the gated product). Without `keep.everything`
+the products of o, gate and up are given up too, and the backward computes them again. Down's
+product is needed by nobody and is never computed again.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from halfbyte.engine.projections import Siblings
+from halfbyte.kernels.gated import gated_backward, gated_forward
+from halfbyte.kernels.rms_norm import add_rms_norm, rms_norm_backward
+from halfbyte.kernels.rope import rope_, rope_backward
+
+
+@dataclass(frozen=True)
+class BlockShape:
+    """What a block needs to know beside its weights.
+
+    Args:
+        num_heads: Query heads.
+        num_key_value_heads: Key and value heads.
+        head_dim: Elements of a head.
+        intermediate_size: I.
+        activation: "silu" or "gelu_tanh".
+        input_eps: Epsilon of the norm before attention.
+        post_eps: Epsilon of the norm before the MLP.
+    """
+
+    num_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    intermediate_size: int
+    activation: str
+    input_eps: float
+    post_eps: float
+
+
+@dataclass
+class Keep:
+    """What the second half saves.
+
+    Args:
+        everything: Save the products of o, gate and up; else compute them again.
+        is_again: The forward runs only for what it saves (under torch's checkpointing), so its
+            last product is left out.
+    """
+
+    everything: bool = True
+    is_again: bool = False
+
+
+class IntoAttention(torch.autograd.Function):
+    """`x` to `(x, q, k, v)`: norm, three projections with LoRA, rotary embedding."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        qkv: Siblings,
+        shape: BlockShape,
+        norm_weight: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        *adapters: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Return x `[T, H]` again, q `[T, heads, D]`, k and v `[T, key-value heads, D]`."""
+        _, normed = add_rms_norm(x, None, norm_weight, shape.input_eps, columns=qkv.rank)
+        wide = qkv.wide(x.dtype)
+        xa = qkv.down_(normed, wide)
+        out = qkv.forward(normed, wide, x.new_empty(x.shape[0], qkv.outputs))
+        heads = out.view(x.shape[0], -1, shape.head_dim)
+        num_rotated = shape.num_heads + shape.num_key_value_heads
+        rope_(heads, cos, sin, num_rotated)
+        ctx.qkv, ctx.shape = qkv, shape
+        ctx.save_for_backward(x, xa.contiguous(), norm_weight, cos, sin)
+        query = heads[:, : shape.num_heads]
+        key = heads[:, shape.num_heads : num_rotated]
+        return x.view_as(x), query, key, heads[:, num_rotated:]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        """Return the gradients of x and of the adapters."""
+        grad_x, grad_query, grad_key, grad_value = grads
+        x, xa, norm_weight, cos, sin = ctx.saved_tensors
+        qkv, shape = ctx.qkv, ctx.shape
+        grad_wide = x.new_empty(x.shape[0], qkv.outputs + qkv.rank)
+        rope_backward(grad_query, grad_key, grad_value, cos, sin, grad_wide)
+        wide = qkv.wide(x.dtype)
+        grad_normed = qkv.backward_input(grad_wide, wide)
+        del wide
+        _, normed = add_rms_norm(x, None, norm_weight, shape.input_eps)
+        grad_adapters = qkv.backward_adapters(grad_wide, normed, xa)
+        del normed, grad_wide
+        grad_x = rms_norm_backward(grad_normed, x, norm_weight, shape.input_eps, grad_x)
+        return grad_x, None, None, None, None, None, *grad_adapters
+
+
+@dataclass(frozen=True)
+class OutWeights:
+    """The weights of the second half of a block."""
+
+    o: Siblings
+    gate_up: Siblings
+    down: Siblings
+
+    @property
+    def adapters(self) -> list[Tensor]:
+        """The trainable matrices of all of them, in order."""
+        return self.o.adapters + self.gate_up.adapters + self.down.adapters
+
+
+class OutOfAttention(torch.autograd.Function):
+    """`(attention, x)` to `y`: o, residual, norm, gated MLP with LoRA everywhere, residual."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        attention: Tensor,
+        x: Tensor,
+        weights: OutWeights,
+        shape: BlockShape,
+        norm_weight: Tensor,
+        keep: Keep,
+        *adapters: Tensor,
+    ) -> Tensor:
+        """Return y `[T, H]` from attention `[T, heads * D]` and x `[T, H]`."""
+        mid, o_xa, normed = _middle(attention, x, weights, shape, norm_weight)
+        gate_up, gate_up_xa = _gate_up(normed, weights.gate_up)
+        del normed
+        down = weights.down
+        hidden = gated_forward(
+            gate_up, shape.intermediate_size, shape.activation, columns=down.rank
+        )
+        wide = down.wide(x.dtype)
+        down_xa = down.down_(hidden, wide).contiguous()
+        y = x.new_empty(x.shape)
+        if not keep.is_again:
+            down.forward(hidden, wide, y)
+            y += mid
+        ctx.weights, ctx.shape, ctx.everything = weights, shape, keep.everything
+        kept = (mid, o_xa, gate_up, gate_up_xa) if keep.everything else (x,)
+        ctx.save_for_backward(attention, norm_weight, down_xa, *kept)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        """Return the gradients of attention, x and the adapters."""
+        grad_y = grads[0]
+        weights, shape = ctx.weights, ctx.shape
+        attention, norm_weight, down_xa, *kept = ctx.saved_tensors
+        if ctx.everything:
+            mid, o_xa, gate_up, gate_up_xa = kept
+        else:
+            mid, o_xa, normed = _middle(attention, kept[0], weights, shape, norm_weight)
+            gate_up, gate_up_xa = _gate_up(normed, weights.gate_up)
+            del normed
+        grad_gate_up, grad_down = _backward_down(grad_y, down_xa, gate_up, weights.down, shape)
+        group = weights.gate_up
+        grad_normed = group.backward_input(grad_gate_up, group.wide(grad_y.dtype))
+        _, normed = add_rms_norm(mid, None, norm_weight, shape.post_eps)
+        grad_group = group.backward_adapters(grad_gate_up, normed, gate_up_xa)
+        del normed, grad_gate_up, gate_up
+        grad_mid = rms_norm_backward(grad_normed, mid, norm_weight, shape.post_eps, grad_y)
+        del grad_normed
+        o = weights.o
+        grad_wide = _widen(grad_mid, o.rank)
+        grad_attention = o.backward_input(grad_wide, o.wide(grad_y.dtype))
+        grad_o = o.backward_adapters(grad_wide, attention, o_xa)
+        adapters = (*grad_o, *grad_group, *grad_down)
+        return grad_attention, grad_mid, None, None, None, None, *adapters
+
+
+def _widen(x: Tensor, columns: int) -> Tensor:
+    """Return a copy of `x` `[T, K]` with room for `columns` more, or `x` where none are needed."""
+    if columns == 0:
+        return x
+    wide = x.new_empty(x.shape[0], x.shape[1] + columns)
+    wide[:, : x.shape[1]] = x
+    return wide
+
+
+def _middle(
+    attention: Tensor, x: Tensor, weights: OutWeights, shape: BlockShape, norm_weight: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the residual after attention, o's `x A^T`, and the residual normed (with a border)."""
+    o = weights.o
+    wide = o.wide(x.dtype)
+    attention_wide = _widen(attention, o.rank)
+    o_xa = o.down_(attention_wide, wide).contiguous()
+    delta = o.forward(attention_wide, wide, x.new_empty(x.shape))
+    mid, normed = add_rms_norm(x, delta, norm_weight, shape.post_eps, columns=weights.gate_up.rank)
+    return mid, o_xa, normed
+
+
+def _gate_up(normed: Tensor, group: Siblings) -> tuple[Tensor, Tensor]:
+    """Return gate and up side by side, with room for the backward's border, and their `x A^T`."""
+    wide = group.wide(normed.dtype)
+    xa = group.down_(normed, wide).contiguous()
+    gate_up = normed.new_empty(normed.shape[0], group.outputs + group.rank)
+    group.forward(normed, wide, gate_up[:, : group.outputs])
+    return gate_up, xa
+
+
+def _backward_down(
+    grad_y: Tensor, down_xa: Tensor, gate_up: Tensor, down: Siblings, shape: BlockShape
+) -> tuple[Tensor, list[Tensor]]:
+    """Return the gradient of gate and up, in `gate_up`'s memory, and of down's adapter."""
+    grad_wide = _widen(grad_y, down.rank)
+    grad_hidden = down.backward_input(grad_wide, down.wide(grad_y.dtype))
+    grad_gate_up, hidden = gated_backward(
+        gate_up, grad_hidden, shape.intermediate_size, shape.activation
+    )
+    return grad_gate_up, down.backward_adapters(grad_wide, hidden, down_xa)

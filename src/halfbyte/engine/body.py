@@ -1,0 +1,152 @@
+"""The body of a Llama-shaped model, run fused: embedding, layers, final norm.
+
+`FusedBody.of(model)` says whether a model has the shape, and why not. Training then calls the body
+instead of the model's own forward; the model itself is not changed, and generates as ever.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from halfbyte.engine import policy
+from halfbyte.engine.attention import Layout
+from halfbyte.engine.layer import ACTIVATIONS, FusedLayer
+from halfbyte.errors import ConfigError
+
+_LAYERS = ("LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer")
+_PROJECTIONS = {
+    "self_attn": ("q_proj", "k_proj", "v_proj", "o_proj"),
+    "mlp": ("gate_proj", "up_proj", "down_proj"),
+}
+_MEMORY = ("auto", "lean", "fast")
+# Of the free memory, what the plan leaves for workspaces and fragmentation.
+_RESERVE = 0.12
+
+
+class FusedBody:
+    """Hidden states of a causal language model, from token ids.
+
+    Args:
+        model: The transformers body (`LlamaModel` and its like).
+        memory: "auto" spends the free memory on saved activations, "lean" the least, "fast" saves
+            all; or a budget for saved activations in bytes.
+    """
+
+    def __init__(self, model: Any, *, memory: str | int = "auto") -> None:
+        if isinstance(memory, str) and memory not in _MEMORY:
+            raise ConfigError(f"expected memory of {_MEMORY} or a number of bytes, got {memory!r}")
+        self.model = model
+        self.memory = memory
+        self.layers = [FusedLayer(layer, model.config) for layer in model.layers]
+        self._levels: dict[int, list[str]] = {}
+
+    def __call__(
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor | None = None,
+        layout: Layout | None = None,
+        **_: Any,
+    ) -> tuple[Tensor]:
+        """Return `(hidden,)` with hidden `[B, S, H]`.
+
+        Args:
+            input_ids: `[B, S]` int64.
+            position_ids: `[B, S]`, restarting for packed documents; None counts from 0.
+            layout: Bounds of packed documents; None: every row is one sequence.
+        """
+        batch, length = input_ids.shape
+        hidden = self.model.embed_tokens(input_ids)
+        if position_ids is None:
+            position_ids = torch.arange(length, device=hidden.device).unsqueeze(0)
+        embeddings = self.model.rotary_emb(hidden, position_ids=position_ids)
+        cos, sin = (t.expand(batch, length, -1).flatten(0, 1).contiguous() for t in embeddings)
+        layout = layout or Layout(batch, length, max_length=length)
+        x = hidden.flatten(0, 1)
+        levels = self._levels_for(x) if torch.is_grad_enabled() else ["all"] * len(self.layers)
+        for layer, keep in zip(self.layers, levels, strict=True):
+            x = layer.run(x, cos, sin, layout, keep)
+        return (self.model.norm(x.view(batch, length, -1)),)
+
+    def _levels_for(self, x: Tensor) -> list[str]:
+        """Return what each layer keeps for this many tokens, planned once a size."""
+        # Sizes within an eighth share a plan, so that it is not made anew for every batch.
+        unit = 1 << max(x.shape[0].bit_length() - 4, 0)
+        key = -(-x.shape[0] // unit) * unit
+        if key not in self._levels:
+            self._levels[key] = self._plan(x)
+        return self._levels[key]
+
+    def _plan(self, x: Tensor) -> list[str]:
+        if self.memory in ("lean", "fast"):
+            return policy.uniform(str(self.memory), len(self.layers))
+        shape = self.layers[0].shape
+        tokens = x.shape[0] * 9 // 8
+        sizes = policy.LayerBytes.of(shape, x.shape[1], tokens, x.element_size())
+        if isinstance(self.memory, int):
+            budget = self.memory
+        else:
+            # One layer's backward: gate, up and hidden with their gradients, four hidden states.
+            working = (6 * shape.intermediate_size + 8 * x.shape[1]) * tokens * x.element_size()
+            budget = int(_free_bytes(x.device) * (1 - _RESERVE)) - working
+        return policy.choose(len(self.layers), sizes, budget)
+
+
+def _free_bytes(device: torch.device) -> int:
+    """Return the bytes that tensors may still take, those cached by the allocator included."""
+    if device.type != "cuda":
+        return 1 << 62
+    free, _ = torch.cuda.mem_get_info(device)
+    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+
+
+def obstacle(model: nn.Module) -> str | None:
+    """Return why a transformers body cannot run fused, or None where it can."""
+    config: Any = getattr(model, "config", None)
+    layers: Any = getattr(model, "layers", None)
+    if layers is None or len(layers) == 0 or not hasattr(model, "rotary_emb"):
+        return "its body is not embedding, layers and norm"
+    kinds = {type(layer).__name__ for layer in layers}
+    if not kinds <= set(_LAYERS):
+        return f"its layers are {', '.join(sorted(kinds))}"
+    if config.hidden_act not in ACTIVATIONS:
+        return f"its activation is {config.hidden_act}"
+    if _slides(config):
+        return "its attention slides over a window"
+    if getattr(config, "attention_dropout", 0.0):
+        return f"attention_dropout is {config.attention_dropout}"
+    for layer in layers:
+        for part, names in _PROJECTIONS.items():
+            for name in names:
+                reason = _projection_obstacle(getattr(getattr(layer, part), name))
+                if reason:
+                    return f"{name} {reason}"
+    return None
+
+
+def _slides(config: Any) -> bool:
+    kinds = getattr(config, "layer_types", None)
+    if kinds:
+        return any(kind != "full_attention" for kind in kinds)
+    return bool(getattr(config, "sliding_window", None))
+
+
+def _projection_obstacle(module: Any) -> str | None:
+    """Return what of a projection's adapter the fused products do not compute, or None."""
+    if not hasattr(module, "lora_A"):
+        return None
+    active = [name for name in module.active_adapters if name in module.lora_A]
+    if len(active) > 1:
+        return f"has {len(active)} active adapters"
+    if module.merged:
+        return "has a merged adapter"
+    for name in active:
+        if getattr(module, "use_dora", {}).get(name):
+            return "is adapted with DoRA"
+        if module.lora_B[name].bias is not None:
+            return "has a bias on lora_B"
+        if getattr(module.lora_dropout[name], "p", 0.0) > 0:
+            return "has LoRA dropout"
+        if module.lora_A[name].weight.dtype != torch.float32:
+            return f"has {module.lora_A[name].weight.dtype} adapters"
+    return None

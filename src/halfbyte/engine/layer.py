@@ -1,0 +1,112 @@
+"""A transformers decoder layer, read once and run fused.
+
+The layer of the model stays what and where it is; this is another way to run it, with the same
+parameters. It computes causal self-attention without a key-value cache, for training and scoring.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from halfbyte.engine.attention import Layout, attention
+from halfbyte.engine.block import BlockShape, IntoAttention, Keep, OutOfAttention, OutWeights
+from halfbyte.engine.projections import Projection, Siblings
+from halfbyte.quant.linear import NF4Linear
+
+ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
+
+
+class FusedLayer:
+    """The Llama shape of a decoder layer: pre-norm attention, pre-norm gated MLP.
+
+    Args:
+        layer: The transformers layer.
+        config: The model's configuration.
+    """
+
+    def __init__(self, layer: Any, config: Any) -> None:
+        self.layer = layer
+        self.scale = float(layer.self_attn.scaling)
+        self.shape = BlockShape(
+            num_heads=config.num_attention_heads,
+            num_key_value_heads=config.num_key_value_heads,
+            head_dim=int(layer.self_attn.head_dim),
+            intermediate_size=config.intermediate_size,
+            activation=ACTIVATIONS[config.hidden_act],
+            input_eps=float(layer.input_layernorm.variance_epsilon),
+            post_eps=float(layer.post_attention_layernorm.variance_epsilon),
+        )
+
+    def run(self, x: Tensor, cos: Tensor, sin: Tensor, layout: Layout, keep: str) -> Tensor:
+        """Return the next hidden states.
+
+        Args:
+            x: `[T, H]`.
+            cos: `[T, R]`; sin: `[T, R]`.
+            layout: Which tokens belong together.
+            keep: What to save for the backward: "all", "attention" or "input" (see `policy`).
+        """
+        if keep != "input" or not torch.is_grad_enabled():
+            return self._forward(x, cos, sin, layout, Keep(everything=keep == "all"))
+        saved = Keep(everything=True)
+        return checkpoint(
+            self._forward, x, cos, sin, layout, saved,
+            use_reentrant=False,
+            preserve_rng_state=False,
+            context_fn=lambda: (contextlib.nullcontext(), _again(saved)),
+        )  # fmt: skip
+
+    def _forward(self, x: Tensor, cos: Tensor, sin: Tensor, layout: Layout, keep: Keep) -> Tensor:
+        attn, mlp = self.layer.self_attn, self.layer.mlp
+        qkv = _siblings(attn.q_proj, attn.k_proj, attn.v_proj)
+        out = OutWeights(
+            o=_siblings(attn.o_proj),
+            gate_up=_siblings(mlp.gate_proj, mlp.up_proj),
+            down=_siblings(mlp.down_proj),
+        )
+        norm = _norm_weight(self.layer.input_layernorm, x)
+        x, query, key, value = IntoAttention.apply(
+            x, qkv, self.shape, norm, cos, sin, *qkv.adapters
+        )
+        mixed = attention(query, key, value, layout, self.scale)
+        norm = _norm_weight(self.layer.post_attention_layernorm, x)
+        return OutOfAttention.apply(mixed, x, out, self.shape, norm, keep, *out.adapters)
+
+
+@contextlib.contextmanager
+def _again(keep: Keep) -> Iterator[None]:
+    """Say that a forward runs only for what it saves."""
+    keep.is_again = True
+    try:
+        yield
+    finally:
+        keep.is_again = False
+
+
+def _norm_weight(norm: Any, x: Tensor) -> Tensor:
+    return norm.weight.detach().to(torch.promote_types(x.dtype, torch.float32))
+
+
+def _siblings(*modules: nn.Module) -> Siblings:
+    return Siblings(tuple(_projection(module) for module in modules))
+
+
+def _projection(module: Any) -> Projection:
+    """Return a linear layer, adapted or not, as the engine's value."""
+    base = module.get_base_layer() if hasattr(module, "get_base_layer") else module
+    weight = base.quantized if isinstance(base, NF4Linear) else base.weight
+    active = [name for name in getattr(module, "active_adapters", ()) if name in module.lora_A]
+    if not active or module.disable_adapters:
+        return Projection(weight, base.bias)
+    name = active[0]
+    return Projection(
+        weight,
+        base.bias,
+        module.lora_A[name].weight,
+        module.lora_B[name].weight,
+        module.scaling[name],
+    )

@@ -1,0 +1,60 @@
+"""RMSNorm with the residual addition before it, for a frozen norm weight.
+
+Shape letters: T tokens, H hidden size.
+
+    residual = x + delta                       (skipped where there is no delta)
+    normed   = residual * rsqrt(mean(residual^2) + eps) * weight
+
+The mean and the product are float32 and rounded once (Zhang & Sennrich 2019, arXiv 1910.07467).
+The weight is float32, with Gemma's `1 + w` already added, so that one kernel serves all families.
+"""
+
+import torch
+from torch import Tensor
+
+from halfbyte.kernels.dispatch import accelerated
+
+
+@accelerated
+def add_rms_norm(
+    x: Tensor, delta: Tensor | None, weight: Tensor, eps: float, *, columns: int = 0
+) -> tuple[Tensor, Tensor]:
+    """Return `(residual, normed)`.
+
+    Args:
+        x: `[T, H]`, the residual stream, contiguous rows.
+        delta: `[T, H]` to add first, or None; `residual` is then `x` itself.
+        weight: `[H]` float32.
+        eps: Added to the mean square.
+        columns: Room for this many more columns after `normed`'s H, left unwritten: `normed` is
+            then `[T, H + columns]`, ready to be the left operand of a product with LoRA inside.
+    """
+    residual = x if delta is None else x + delta
+    wide = residual.to(torch.promote_types(x.dtype, torch.float32))
+    scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    normed = x.new_empty(x.shape[0], x.shape[1] + columns)
+    normed[:, : x.shape[1]] = (wide * scale * weight).to(x.dtype)
+    return residual, normed
+
+
+@accelerated
+def rms_norm_backward(
+    grad_normed: Tensor, x: Tensor, weight: Tensor, eps: float, grad_residual: Tensor | None
+) -> Tensor:
+    """Return the gradient of `x` `[T, H]`: through the norm, plus `grad_residual` around it.
+
+    Args:
+        grad_normed: `[T, H]`, gradient of the normed output (rows may have a pitch).
+        x: `[T, H]`, what was normed.
+        weight: `[H]` float32; frozen, so it gets no gradient.
+        eps: As in the forward.
+        grad_residual: `[T, H]`, gradient that reaches `x` beside the norm, or None.
+    """
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    normed = wide * scale
+    grad = grad_normed.to(wide.dtype) * weight
+    grad_x = scale * (grad - normed * (grad * normed).mean(-1, keepdim=True))
+    if grad_residual is not None:
+        grad_x = grad_x + grad_residual
+    return grad_x.to(x.dtype)

@@ -1,0 +1,137 @@
+import copy
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config
+
+from halfbyte.engine.attention import Layout
+from halfbyte.engine.body import FusedBody, obstacle
+from halfbyte.errors import ConfigError
+from halfbyte.quant.linear import NF4Linear
+
+SIZES = {
+    "hidden_size": 128,
+    "intermediate_size": 192,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 96,
+    "max_position_embeddings": 128,
+}
+CONFIGS = {
+    "llama": LlamaConfig(**SIZES),
+    "mistral": MistralConfig(**SIZES, sliding_window=None),
+    "qwen2": Qwen2Config(**SIZES),
+}
+
+
+def _model(kind="llama", *, quantized=True, dtype=torch.float32, **lora):
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(CONFIGS[kind]).to(dtype)
+    for name, parameter in model.named_parameters():
+        if "norm" in name or "bias" in name:
+            parameter.data.add_(0.1 * torch.randn_like(parameter))
+    if quantized:
+        for layer in model.model.layers:
+            for part in (layer.self_attn, layer.mlp):
+                for name, module in list(part.named_children()):
+                    if isinstance(module, torch.nn.Linear):
+                        setattr(part, name, NF4Linear.from_linear(module))
+    settings = {"r": 4, "lora_alpha": 12, "target_modules": "all-linear", **lora}
+    model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **settings))
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_(0, 0.05)
+    return model
+
+
+def _gradients(model, hidden, weight):
+    model.zero_grad()
+    (hidden.float() * weight).sum().backward()
+    return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+def _error(actual, expected):
+    return ((actual.double() - expected.double()).norm() / expected.double().norm()).item()
+
+
+@pytest.mark.parametrize("memory", ["fast", "lean", 40_000])
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_hidden_states_and_all_gradients_equal_transformers(kind, memory):
+    model = _model(kind)
+    body = model.get_base_model().model
+    assert obstacle(body) is None
+    ids = torch.randint(0, 96, (2, 17))
+    weight = torch.randn(2, 17, 128)
+    expected = body(input_ids=ids, use_cache=False)[0]
+    grads = _gradients(model, expected, weight)
+    fused = FusedBody(body, memory=memory)
+    actual = fused(ids)[0]
+    again = _gradients(model, actual, weight)
+    assert _error(actual, expected) < 1e-5
+    assert again.keys() == grads.keys()
+    assert len(grads) == 3 * 7 * 2
+    assert max(_error(again[name], grads[name]) for name in grads) < 1e-4
+
+
+def test_bf16_error_is_within_twice_that_of_transformers():
+    model = _model()
+    body = model.get_base_model().model
+    ids = torch.randint(0, 96, (2, 33))
+    weight = torch.randn(2, 33, 128)
+    exact = _gradients(model, body(input_ids=ids, use_cache=False)[0], weight)
+    half = copy.deepcopy(model)
+    for name, parameter in half.named_parameters():
+        if "lora" not in name:
+            parameter.data = (
+                parameter.data.bfloat16() if parameter.is_floating_point() else parameter.data
+            )
+    half_body = half.get_base_model().model
+    theirs = _gradients(half, half_body(input_ids=ids, use_cache=False)[0], weight)
+    ours = _gradients(half, FusedBody(half_body, memory="fast")(ids)[0], weight)
+    for name, grad in exact.items():
+        assert _error(ours[name], grad) < 2 * _error(theirs[name], grad) + 1e-3, name
+
+
+def test_packed_documents_equal_each_alone():
+    model = _model()
+    fused = FusedBody(model.get_base_model().model, memory="fast")
+    lengths = [5, 1, 11]
+    documents = [torch.randint(0, 96, (1, n)) for n in lengths]
+    packed = torch.cat(documents, 1)
+    positions = torch.cat([torch.arange(n) for n in lengths])[None]
+    bounds = torch.tensor([0, 5, 6, 17], dtype=torch.int32)
+    hidden = fused(packed, positions, Layout(1, 17, bounds, 11))[0]
+    alone = torch.cat([fused(document)[0] for document in documents], 1)
+    assert _error(hidden, alone) < 1e-5
+
+
+def test_a_dense_base_and_partly_adapted_layers_work_too():
+    model = _model(quantized=False, target_modules=["q_proj", "v_proj"], rank_pattern={"v_proj": 3})
+    body = model.get_base_model().model
+    ids = torch.randint(0, 96, (1, 9))
+    weight = torch.randn(1, 9, 128)
+    grads = _gradients(model, body(input_ids=ids, use_cache=False)[0], weight)
+    again = _gradients(model, FusedBody(body, memory="lean")(ids)[0], weight)
+    assert len(grads) == 3 * 2 * 2
+    assert max(_error(again[name], grads[name]) for name in grads) < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("lora", "reason"),
+    [
+        ({"lora_dropout": 0.1}, "dropout"),
+        ({"use_dora": True}, "DoRA"),
+        ({"lora_bias": True}, "bias"),
+    ],
+)
+def test_what_does_not_run_fused_is_named(lora, reason):
+    body = _model(quantized=False, **lora).get_base_model().model
+    assert reason in obstacle(body)
+
+
+def test_an_unknown_memory_setting_is_refused():
+    body = _model().get_base_model().model
+    with pytest.raises(ConfigError, match="auto"):
+        FusedBody(body, memory="huge")

@@ -1,0 +1,35 @@
+from halfbyte.engine.block import BlockShape
+from halfbyte.engine.policy import LayerBytes, choose, uniform
+
+SHAPE = BlockShape(32, 8, 128, 14336, "silu", 1e-5, 1e-5)
+
+
+def test_bytes_of_llama_8b_for_one_token():
+    sizes = LayerBytes.of(SHAPE, 4096, 1, 2)
+    assert sizes == LayerBytes(
+        input=2 * 4096, attention=2 * (4096 + 6144 + 4096), all=2 * (14336 + 4096 + 2 * 14336)
+    )
+
+
+def test_everything_is_kept_where_it_fits_and_only_inputs_where_nothing_does():
+    sizes = LayerBytes(10, 30, 100)
+    assert choose(4, sizes, 400) == ["all"] * 4
+    assert choose(4, sizes, 0) == ["input"] * 4
+
+
+def test_attention_comes_before_the_mlp_and_late_layers_before_early_ones():
+    sizes = LayerBytes(10, 30, 100)
+    assert choose(4, sizes, 90) == ["input", "input", "attention", "attention"]
+    assert choose(4, sizes, 120 + 75) == ["attention", "attention", "attention", "all"]
+
+
+def test_the_choice_never_exceeds_its_budget():
+    sizes = LayerBytes(10, 30, 100)
+    cost = {"input": 10, "attention": 30, "all": 100}
+    for budget in range(40, 420, 7):
+        assert sum(cost[level] for level in choose(4, sizes, budget)) <= budget
+
+
+def test_fast_and_lean_need_no_budget():
+    assert uniform("fast", 2) == ["all", "all"]
+    assert uniform("lean", 2) == ["input", "input"]

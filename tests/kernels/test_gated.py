@@ -1,0 +1,58 @@
+import pytest
+import torch
+from torch.nn import functional as F
+
+from halfbyte.kernels import gated
+
+SHAPES = [(1, 1), (3, 63), (5, 128), (2, 1100)]
+
+
+def _reference(gate_up, size, activation):
+    gate, up = gate_up[:, :size], gate_up[:, size : 2 * size]
+    act = F.silu(gate) if activation == "silu" else F.gelu(gate, approximate="tanh")
+    return act * up
+
+
+def _error(actual, expected):
+    return ((actual.double() - expected).norm() / expected.norm()).item()
+
+
+@pytest.mark.parametrize("activation", gated.ACTIVATIONS)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_forward_and_backward_equal_autograd_in_float64(shape, activation):
+    tokens, size = shape
+    torch.manual_seed(0)
+    gate_up = torch.randn(tokens, 2 * size + 5, dtype=torch.float64, requires_grad=True)
+    grad = torch.randn(tokens, size, dtype=torch.float64)
+    expected = _reference(gate_up, size, activation)
+    (expected_grad,) = torch.autograd.grad(expected, gate_up, grad)
+    actual = gated.gated_forward(gate_up.detach(), size, activation, columns=7)
+    assert actual.shape == (tokens, size + 7)
+    assert _error(actual[:, :size], expected.detach()) < 1e-12
+    buffer = gate_up.detach().clone()
+    border = buffer[:, 2 * size :].clone()
+    grad_gate_up, hidden = gated.gated_backward(buffer, grad.clone(), size, activation)
+    assert grad_gate_up.data_ptr() == buffer.data_ptr()
+    assert _error(grad_gate_up[:, : 2 * size], expected_grad[:, : 2 * size]) < 1e-12
+    assert torch.equal(grad_gate_up[:, 2 * size :], border)
+    assert _error(hidden, expected.detach()) < 1e-12
+
+
+@pytest.mark.parametrize("activation", gated.ACTIVATIONS)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_triton_twin_equals_the_reference(shape, activation, triton_device, half_dtype):
+    twin = pytest.importorskip("halfbyte.kernels.gated_triton")
+    tokens, size = shape
+    torch.manual_seed(0)
+    gate_up = torch.randn(tokens, 2 * size + 8, device=triton_device).to(half_dtype)
+    grad = torch.randn(tokens, size, device=triton_device).to(half_dtype)
+    expected = gated.gated_forward.__wrapped__(gate_up.double(), size, activation)
+    actual = twin.gated_forward(gate_up, size, activation, columns=8)
+    assert _error(actual[:, :size], expected) < 4e-3
+    wanted, hidden = gated.gated_backward.__wrapped__(
+        gate_up.double(), grad.double(), size, activation
+    )
+    result, again = twin.gated_backward(gate_up.clone(), grad.clone(), size, activation)
+    assert _error(result[:, : 2 * size], wanted[:, : 2 * size]) < 4e-3
+    assert torch.equal(result[:, 2 * size :], gate_up[:, 2 * size :])
+    assert _error(again, hidden) < 4e-3
