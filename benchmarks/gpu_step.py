@@ -1,0 +1,172 @@
+"""Training steps of an 8B-shaped model on one GPU: tokens/s and peak memory of Halfbyte alone.
+
+    python benchmarks/gpu_step.py --shapes 2x1024,4x2048 --memory auto,lean --out results.json
+
+The weights are random and made in place in four bits, so nothing is read from disk. Prints one JSON
+line a case. The peers run in `benchmarks/peers_step.py`, on the same shapes.
+"""
+
+import argparse
+import json
+import statistics
+import time
+from pathlib import Path
+
+import torch
+from accelerate import init_empty_weights
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+import halfbyte as hb
+from halfbyte.data.loader import Batch
+from halfbyte.optim.adamw import AdamW
+from halfbyte.quant.linear import NF4Linear
+from halfbyte.quant.weight import QuantizedWeight
+from halfbyte.train.loss import LanguageModel
+from halfbyte.train.step import train_step
+
+SHAPES = {
+    "llama8b": dict(
+        hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
+        num_key_value_heads=8, vocab_size=128256, rope_theta=500000.0,
+        max_position_embeddings=131072,
+    ),
+    "llama1b": dict(
+        hidden_size=2048, intermediate_size=8192, num_hidden_layers=16, num_attention_heads=32,
+        num_key_value_heads=8, vocab_size=128256, tie_word_embeddings=True,
+        max_position_embeddings=131072,
+    ),
+    "tiny": dict(
+        hidden_size=256, intermediate_size=512, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, vocab_size=1024,
+    ),
+}  # fmt: skip
+
+
+def random_model(shape: str, device: torch.device) -> torch.nn.Module:
+    """Return a model of the shape with random weights, its layers' linears in four bits."""
+    with init_empty_weights():
+        model = AutoModelForCausalLM.from_config(LlamaConfig(**SHAPES[shape]), dtype=torch.bfloat16)
+    torch.manual_seed(0)
+    for name, module in list(model.named_modules()):
+        if isinstance(module, torch.nn.Linear) and name != "lm_head":
+            weight = torch.randn(
+                module.out_features, module.in_features, device=device, dtype=torch.bfloat16
+            )
+            layer = NF4Linear(module.in_features, module.out_features, bias=False)
+            layer.quantized = QuantizedWeight.quantize(weight.mul_(0.02))
+            model.set_submodule(name, layer)
+    for name, parameter in list(model.named_parameters()):
+        if parameter.is_meta:
+            module = model.get_submodule(name.rpartition(".")[0])
+            value = torch.empty(parameter.shape, device=device, dtype=torch.bfloat16)
+            value.fill_(1.0) if "norm" in name else value.normal_(0, 0.02)
+            module.weight = torch.nn.Parameter(value, requires_grad=False)
+    model.tie_weights()
+    model.model.rotary_emb = type(model.model.rotary_emb)(model.config).to(device)
+    return model
+
+
+def batch(rows: int, length: int, vocabulary: int) -> Batch:
+    ids = torch.randint(0, vocabulary, (rows, length))
+    return Batch(
+        input_ids=ids,
+        labels=ids.clone(),
+        position_ids=torch.arange(length).expand(rows, length),
+        attention_mask=torch.ones_like(ids),
+        num_supervised=rows * (length - 1),
+        num_tokens=rows * length,
+    )
+
+
+def measure(model, optimizer, memory: str, rows: int, length: int, steps: int) -> dict:
+    device = model.get_input_embeddings().weight.device
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    language_model = LanguageModel.of(model, memory=int(memory) if memory.isdigit() else memory)
+    times, losses = [], []
+    for step in range(steps + 2):
+        data = batch(rows, length, model.config.vocab_size)
+        torch.cuda.synchronize(device)
+        start = time.perf_counter()
+        result = train_step(
+            language_model, optimizer, [data], step=step, learning_rate=1e-4, max_grad_norm=1.0,
+            seed=0,
+        )  # fmt: skip
+        torch.cuda.synchronize(device)
+        times.append(time.perf_counter() - start)
+        losses.append(result.loss)
+    seconds = statistics.median(times[2:])
+    return {
+        "case": f"{rows}x{length}",
+        "memory": memory,
+        "tokens_per_second": round(rows * length / seconds),
+        "step_ms": round(seconds * 1e3, 2),
+        "first_step_s": round(times[0], 2),
+        "peak_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2),
+        "loss": round(losses[-1], 4),
+    }
+
+
+def profile(model, optimizer, memory: str, rows: int, length: int) -> str:
+    language_model = LanguageModel.of(model, memory=memory)
+
+    def one(step: int) -> None:
+        data = batch(rows, length, model.config.vocab_size)
+        train_step(
+            language_model, optimizer, [data], step=step, learning_rate=1e-4, max_grad_norm=1.0,
+            seed=0,
+        )  # fmt: skip
+
+    one(0)
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    ) as trace:
+        one(1)
+        torch.cuda.synchronize()
+    return trace.key_averages().table(
+        sort_by="self_cuda_time_total", row_limit=30, max_name_column_width=80
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", default="llama8b", choices=SHAPES)
+    parser.add_argument("--shapes", default="2x1024,4x2048")
+    parser.add_argument("--memory", default="auto")
+    parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--dropout", type=float, default=0.0)
+    parser.add_argument("--steps", type=int, default=6)
+    parser.add_argument("--profile", type=Path, help="write kernel tables into this folder")
+    parser.add_argument("--out", type=Path)
+    args = parser.parse_args()
+    device = torch.device("cuda")
+    model = random_model(args.model, device)
+    model = hb.add_lora(
+        model, hb.LoraConfig(r=args.rank, lora_alpha=2 * args.rank, lora_dropout=args.dropout)
+    )
+    model.train()
+    optimizer = AdamW([(n, p) for n, p in model.named_parameters() if p.requires_grad], lr=1e-4)
+    results = []
+    for shape in args.shapes.split(","):
+        rows, length = map(int, shape.split("x"))
+        for memory in args.memory.split(","):
+            try:
+                result = measure(model, optimizer, memory, rows, length, args.steps)
+            except torch.OutOfMemoryError as error:
+                result = {"case": shape, "memory": memory, "error": str(error)[:200]}
+            results.append(result)
+            print(json.dumps(result), flush=True)
+            if args.profile and "error" not in result:
+                args.profile.mkdir(parents=True, exist_ok=True)
+                table = profile(model, optimizer, memory, rows, length)
+                (args.profile / f"profile_{shape}_{memory}.txt").write_text(table)
+    if args.out:
+        machine = {
+            "card": torch.cuda.get_device_name(), "torch": torch.__version__, "model": args.model,
+            "rank": args.rank, "dropout": args.dropout,
+        }  # fmt: skip
+        args.out.write_text(json.dumps({"machine": machine, "results": results}, indent=1))
+
+
+if __name__ == "__main__":
+    main()
