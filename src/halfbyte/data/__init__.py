@@ -1,0 +1,1 @@
+"""From a file or a hub name to seeded, resumable batches."""
