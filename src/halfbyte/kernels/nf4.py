@@ -31,7 +31,7 @@ NESTED_BLOCK_SIZE = 256
 
 _SOURCE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # bitsandbytes' CPU code divides by nothing smaller than this.
-_SMALLEST_ABSMAX_CPU = 1e-38
+SMALLEST_ABSMAX_CPU = 1e-38
 # Below this CUDA flushes to zero; the kernels of bitsandbytes are built with --use_fast_math.
 _SMALLEST_NORMAL = 2.0**-126
 # bitsandbytes' CPU code finds the nearest of the 256 values through a table of this many bins.
@@ -174,7 +174,7 @@ def reference_quantize_4bit(
         absmax = torch.where(absmax < _SMALLEST_NORMAL, 0.0, absmax)
         scaled = torch.where(absmax[:, None] > 0, padded * (1.0 / absmax)[:, None], 0.0)
     else:
-        divisor = absmax.clamp(min=_SMALLEST_ABSMAX_CPU)
+        divisor = absmax.clamp(min=SMALLEST_ABSMAX_CPU)
         scaled = padded * (1.0 / divisor)[:, None]
         if flat.numel() % block_size:
             absmax[-1] = divisor[-1]

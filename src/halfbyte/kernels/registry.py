@@ -34,15 +34,16 @@ def register_op(
     for key, suffix in _TWINS.items():
         twin = module + suffix
         if importlib.util.find_spec(twin) is not None:
-            torch.library.impl(name, key)(_lazy(twin, name.partition("::")[2]))
+            torch.library.impl(name, key)(_lazy(twin, name.partition("::")[2], reference))
 
 
-def _lazy(module: str, function: str) -> Callable[..., Any]:
-    """Return a function that imports `module` when it is first called."""
+def _lazy(module: str, function: str, reference: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a function that imports `module` when it is first called; it may lack `function`."""
 
     @functools.cache
     def find() -> Callable[..., Any]:
-        return getattr(importlib.import_module(module), function)
+        found: Callable[..., Any] = getattr(importlib.import_module(module), function, reference)
+        return found
 
     def call(*args: Any, **kwargs: Any) -> Any:
         return find()(*args, **kwargs)

@@ -1,0 +1,97 @@
+"""Compile `blockwise.c` for this machine, once, and load it.
+
+The library goes to `~/.cache/halfbyte`, named by a hash of the source, the flags and the CPU, so
+a home directory that several machines share holds one for each. Where there is no C compiler
+`library` returns None and the callers use plain torch, which computes the same and is slower.
+"""
+
+import ctypes
+import functools
+import hashlib
+import logging
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+_log = logging.getLogger(__name__)
+
+_SOURCE = Path(__file__).with_name("blockwise.c")
+_COMPILERS = ("cc", "gcc", "clang")
+# No contraction: a fused multiply-add rounds once where the reference rounds twice.
+_FLAGS = ("-O3", "-std=gnu11", "-ffp-contract=off", "-shared", "-fPIC")
+# The best that the compiler knows; the last needs nothing.
+_OPTIONS = (("-march=native", "-fopenmp"), ("-march=native",), ())
+_TIMEOUT_SECONDS = 120
+
+
+@functools.cache
+def library() -> ctypes.CDLL | None:
+    """Return the compiled loops, or None where they cannot be had (said in the debug log)."""
+    compiler = next(filter(None, map(shutil.which, _COMPILERS)), None)
+    if compiler is None:
+        _log.debug("no C compiler: blocks are quantized and dequantized by plain torch")
+        return None
+    try:
+        path = cache_directory() / f"blockwise-{_fingerprint(compiler)}.so"
+        if not path.exists():
+            compile_library(compiler, path)
+        return _declare(ctypes.CDLL(str(path)))
+    except (OSError, subprocess.SubprocessError) as error:
+        _log.debug("blockwise.c cannot be used, plain torch serves instead: %s", error)
+        return None
+
+
+def cache_directory() -> Path:
+    """Return where compiled libraries lie: `$XDG_CACHE_HOME/halfbyte` or `~/.cache/halfbyte`."""
+    root = os.environ.get("XDG_CACHE_HOME")
+    return (Path(root) if root else Path.home() / ".cache") / "halfbyte"
+
+
+def compile_library(compiler: str, path: Path) -> None:
+    """Compile `blockwise.c` to `path`, which appears whole or not at all.
+
+    Raises:
+        subprocess.SubprocessError: No set of flags compiled.
+        OSError: The folder cannot be written.
+    """
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        built = Path(folder) / path.name
+        for option in _OPTIONS:
+            command = [compiler, *_FLAGS, *option, "-o", str(built), str(_SOURCE), "-lm"]
+            try:
+                subprocess.run(command, check=True, capture_output=True, timeout=_TIMEOUT_SECONDS)
+            except subprocess.CalledProcessError:
+                if option == _OPTIONS[-1]:
+                    raise
+            else:
+                break
+        built.replace(path)
+
+
+def _fingerprint(compiler: str) -> str:
+    """Return a name for what the library depends on: source, flags, compiler and CPU."""
+    cpu = [platform.machine(), platform.processor()]
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        lines = cpuinfo.read_text(errors="replace").splitlines()
+        features = ("flags", "Features", "model name")
+        cpu += sorted({line for line in lines if line.startswith(features)})
+    parts = [_SOURCE.read_text(), compiler, *_FLAGS, *map(str, _OPTIONS), *cpu]
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
+
+
+def _declare(loaded: ctypes.CDLL) -> ctypes.CDLL:
+    """Tell ctypes the signatures in `blockwise.c`."""
+    pointer, long, integer = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
+    loaded.hb_dequantize.argtypes = [pointer] * 7 + [long, long, integer, integer]
+    loaded.hb_quantize.argtypes = [
+        *[pointer] * 3, ctypes.c_float, pointer, pointer, long, long, integer, integer,
+    ]  # fmt: skip
+    loaded.hb_adamw8.argtypes = [pointer] * 10 + [long, pointer, integer]
+    for function in (loaded.hb_dequantize, loaded.hb_quantize, loaded.hb_adamw8):
+        function.restype = None
+    return loaded
