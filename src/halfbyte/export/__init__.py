@@ -1,0 +1,1 @@
+"""Leaving: merging adapters into plain checkpoints."""
