@@ -2,8 +2,12 @@
 
 import pytest
 import torch
+from datasets import Dataset
 from peft import LoraConfig, get_peft_model
-from transformers import LlamaConfig, LlamaForCausalLM
+from tokenizers import Tokenizer
+from tokenizers.models import BPE
+from tokenizers.pre_tokenizers import ByteLevel
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from halfbyte.data.loader import Batch
 
@@ -98,3 +102,28 @@ def batch_of():
         return build(random_rows(lengths, seed), prompt)
 
     return make
+
+
+@pytest.fixture
+def rows_of():
+    """Tokenized rows; the first two tokens of each are not supervised."""
+
+    def make(lengths, seed=0):
+        rows = random_rows(lengths, seed)
+        return Dataset.from_dict(
+            {"input_ids": rows, "labels": [[-100, -100, *row[2:]] for row in rows]}
+        )
+
+    return make
+
+
+@pytest.fixture
+def tokenizer():
+    """One token a byte: enough to be saved, and to write short conversations."""
+    alphabet = sorted(ByteLevel.alphabet())
+    vocab = {token: i for i, token in enumerate(["<pad>", "<s>", "</s>", *alphabet])}
+    backend = Tokenizer(BPE(vocab, merges=[]))
+    backend.pre_tokenizer = ByteLevel(add_prefix_space=False)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, pad_token="<pad>", bos_token="<s>", eos_token="</s>"
+    )

@@ -9,6 +9,7 @@ Weight decay applies to matrices and not to biases and norms, as in transformers
 """
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -44,18 +45,18 @@ class _Moments:
         self.absmax1 = torch.zeros(blocks, dtype=torch.float32, device=device)
         self.absmax2 = torch.zeros(blocks, dtype=torch.float32, device=device)
 
-    def update(self, start: int, stop: int, *, step: int, **hyper: float) -> None:
+    def update(self, start: int, stop: int, **hyper: Any) -> None:
         """Update elements `start` to `stop`, both multiples of the block."""
         if start == stop:
             return
         values, gradients = self.flat.values[start:stop], self.flat.gradients[start:stop]
         exp_avg, exp_avg_sq = self.exp_avg[start:stop], self.exp_avg_sq[start:stop]
         if self.exp_avg.dtype == torch.float32:
-            adamw_step_(values, gradients, exp_avg, exp_avg_sq, step=step, **hyper)
+            adamw_step_(values, gradients, exp_avg, exp_avg_sq, **hyper)
         else:
             blocks = slice(start // ALIGNMENT, stop // ALIGNMENT)
-            state = (exp_avg, exp_avg_sq, self.absmax1[blocks], self.absmax2[blocks])
-            adamw8bit_step_(values, gradients, *state, step=step, **hyper)
+            absmax1, absmax2 = self.absmax1[blocks], self.absmax2[blocks]
+            adamw8bit_step_(values, gradients, exp_avg, exp_avg_sq, absmax1, absmax2, **hyper)
 
     def tensors(self) -> dict[str, Tensor]:
         """Return the state by parameter: views, named `<kind>.<parameter>`."""
@@ -134,6 +135,11 @@ class AdamW:
         for moments in self._moments:
             moments.flat.zero_gradients()
 
+    def release(self) -> None:
+        """Give the parameters back as they are; this optimizer is done with them."""
+        for moments in self._moments:
+            moments.flat.release()
+
     def grad_norm(self) -> Tensor:
         """Return the 2-norm of all gradients together: float32 scalar, on the first device."""
         norms = [torch.linalg.vector_norm(moments.flat.gradients) for moments in self._moments]
@@ -146,17 +152,17 @@ class AdamW:
         """Update every parameter from its gradient times `grad_scale` (the clipping factor)."""
         self.steps_done += 1
         hyper = {
+            "step": self.steps_done,
             "lr": self.lr if lr is None else lr,
             "beta1": self.betas[0],
             "beta2": self.betas[1],
             "eps": self.eps,
             "grad_scale": grad_scale,
         }
-        step = self.steps_done
         for moments in self._moments:
             decayed, end = moments.flat.num_decayed, moments.flat.values.numel()
-            moments.update(0, decayed, step=step, weight_decay=self.weight_decay, **hyper)
-            moments.update(decayed, end, step=step, weight_decay=0.0, **hyper)
+            moments.update(0, decayed, weight_decay=self.weight_decay, **hyper)
+            moments.update(decayed, end, weight_decay=0.0, **hyper)
             moments.flat.publish_masters()
 
     def state_dict(self) -> dict[str, Tensor]:

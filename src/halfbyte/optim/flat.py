@@ -19,6 +19,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 ALIGNMENT = 256  # elements: the block of an 8-bit state
 
@@ -81,10 +82,10 @@ class FlatParameters:
         device = self.slots[0].parameter.device
         self.values = torch.zeros(self.slots[-1].stop, dtype=torch.float32, device=device)
         self.gradients = torch.zeros_like(self.values)
-        for slot in self.slots:
-            self._adopt(slot)
+        self._hooks = [handle for slot in self.slots if (handle := self._adopt(slot))]
 
-    def _adopt(self, slot: Slot) -> None:
+    def _adopt(self, slot: Slot) -> RemovableHandle | None:
+        """Take the parameter's value over; return the hook that fetches a gradient of its own."""
         slot.of(self.values).copy_(slot.parameter.detach())
         if slot.has_master:
             gradient = slot.of(self.gradients)
@@ -93,15 +94,22 @@ class FlatParameters:
                 gradient.add_(parameter.grad)  # type: ignore[arg-type]
                 parameter.grad = None
 
-            slot.parameter.register_post_accumulate_grad_hook(add_to_gradient)
-        else:
-            slot.parameter.data = slot.of(self.values)
+            return slot.parameter.register_post_accumulate_grad_hook(add_to_gradient)
+        slot.parameter.data = slot.of(self.values)
+        return None
 
     def zero_gradients(self) -> None:
         """Set every gradient to zero, and attach it again where somebody took it away."""
         self.gradients.zero_()
         for slot in self.slots:
             slot.parameter.grad = None if slot.has_master else slot.of(self.gradients)
+
+    def release(self) -> None:
+        """Take gradients and hooks off the parameters, which keep their values."""
+        for hook in self._hooks:
+            hook.remove()
+        for slot in self.slots:
+            slot.parameter.grad = None
 
     def publish_masters(self) -> None:
         """Round the master copies back into the parameters that have one."""

@@ -1,0 +1,138 @@
+"""What a run tells its listeners: small values, passed to plain callables.
+
+A listener is any function of one event; it looks at the kinds it cares for. Display, metrics file
+and experiment trackers are listeners, and users add their own: `train(..., listeners=[print])`.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from halfbyte.data.summary import Summary
+
+
+@dataclass(frozen=True)
+class TrainingStarted:
+    """The run is set up; `first_step` steps are already done (more than 0 on resume)."""
+
+    output_dir: Path
+    first_step: int
+    total_steps: int
+    steps_per_epoch: int
+    train_rows: int
+    eval_rows: int
+    trainable_parameters: int
+    total_parameters: int
+    data: Summary | None
+    settings: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class StepFinished:
+    """One optimizer step, or several averaged.
+
+    Attributes:
+        step: Steps done, this one included.
+        epoch: Passes over the data so far.
+        loss: Mean over the supervised tokens.
+        grad_norm: Before clipping.
+        tokens: Real tokens of this step.
+        seconds: Time of this step, without evaluation and saving.
+        memory_bytes: Peak of the process: the allocator's on a GPU, the resident set on a CPU.
+    """
+
+    step: int
+    total_steps: int
+    epoch: float
+    loss: float
+    grad_norm: float
+    learning_rate: float
+    supervised_tokens: int
+    tokens: int
+    seconds: float
+    memory_bytes: int
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Real tokens a second."""
+        return self.tokens / self.seconds if self.seconds > 0 else 0.0
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """The held-out rows were evaluated after `step` steps."""
+
+    step: int
+    epoch: float
+    loss: float
+    perplexity: float
+    tokens: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class CheckpointSaved:
+    """A checkpoint is whole and in its place."""
+
+    step: int
+    path: Path
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Notice:
+    """Something that the user should know, once."""
+
+    message: str
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What a finished run achieved.
+
+    Attributes:
+        steps: Optimizer steps.
+        loss: Training loss, mean over all supervised tokens of the run.
+        eval_loss: On the held-out rows at the end, where there are any.
+        seconds: In training steps, over all parts of a resumed run.
+        tokens: Real tokens trained on.
+        tokens_per_second: Their quotient.
+        peak_bytes: Largest memory: the allocator's on a GPU, the resident set on a CPU.
+        output_dir: Where the adapter is.
+    """
+
+    steps: int
+    loss: float
+    eval_loss: float | None
+    seconds: float
+    tokens: int
+    tokens_per_second: float
+    peak_bytes: int
+    output_dir: Path
+
+
+@dataclass(frozen=True)
+class TrainingFinished:
+    """The adapter is at `result.output_dir`."""
+
+    result: TrainResult
+
+
+@dataclass(frozen=True)
+class TrainingStopped:
+    """The run ended early: an error, or a signal."""
+
+    reason: str
+
+
+Event = (
+    TrainingStarted
+    | StepFinished
+    | Evaluated
+    | CheckpointSaved
+    | Notice
+    | TrainingFinished
+    | TrainingStopped
+)
+Listener = Callable[[Event], None]

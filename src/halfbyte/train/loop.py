@@ -1,0 +1,188 @@
+"""train(): set up, and then for every step: batches, update, evaluate, save.
+
+The loop is flat and holds no state of its own. Which rows, which learning rate and which dropout
+masks belong to a step are pure functions of its number; what changes is the model, the optimizer
+and `Progress`.
+"""
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from peft import PeftModel
+from torch import nn
+
+from halfbyte.device import peak_bytes
+from halfbyte.errors import ConfigError
+from halfbyte.optim.schedule import learning_rate
+from halfbyte.train.config import TrainConfig
+from halfbyte.train.determinism import determinism
+from halfbyte.train.directory import RUN_FILE, claim, keep_newest, locked, write_json
+from halfbyte.train.evaluate import evaluate_rows
+from halfbyte.train.events import (
+    CheckpointSaved,
+    Evaluated,
+    Listener,
+    StepFinished,
+    TrainingFinished,
+    TrainingStopped,
+    TrainResult,
+)
+from halfbyte.train.inputs import Data
+from halfbyte.train.result import describe_run, finished_result, write_result
+from halfbyte.train.run import Run, announce, assemble, restore
+from halfbyte.train.signals import Interrupted, Interruption
+from halfbyte.train.state import save_checkpoint
+from halfbyte.train.step import train_step
+
+
+def train(
+    model: nn.Module,
+    tokenizer: Any,
+    data: Data,
+    config: TrainConfig | None = None,
+    *,
+    eval_data: Data | None = None,
+    listeners: Sequence[Listener] = (),
+) -> TrainResult:
+    """Train the model's adapters on `data` and save them in `config.output_dir`.
+
+    Args:
+        model: A peft model, as `add_lora` or peft's `get_peft_model` return it.
+        tokenizer: Its tokenizer; saved beside the adapter.
+        data: A path or hub name, a DataConfig, rows (a list or Dataset), or a Dataset that is
+            tokenized already (`input_ids` and `labels`).
+        config: How to train.
+        eval_data: Held-out rows, in the same forms; without it, what `data` says.
+        listeners: Called with every event of the run (halfbyte.train.events).
+
+    Raises:
+        ConfigError: there are no adapters, the settings do not fit the run or the directory.
+        DataError: the data cannot be read, or would not train anything.
+        TrainingError: loss or gradient is not finite; checkpoints are as they were.
+        Interrupted: a signal came; the step was finished and a checkpoint saved.
+    """
+    config = config or TrainConfig()
+    if not isinstance(model, PeftModel):
+        raise ConfigError(
+            f"expected a model with adapters, got a plain {type(model).__name__}",
+            hint="model = halfbyte.add_lora(model, halfbyte.LoraConfig(r=16))",
+        )
+    output_dir = Path(config.output_dir)
+    with locked(output_dir):
+        resume = config.resume_from_checkpoint
+        claim(output_dir, overwrite=config.overwrite_output_dir, resume=resume is not None)
+        run = assemble(model, tokenizer, data, eval_data, config)
+        try:
+            finished = finished_result(output_dir, run.identity) if resume == "auto" else None
+            return finished or _train(run, listeners)
+        except BaseException as error:
+            run.tell(TrainingStopped(str(error) or type(error).__name__))
+            raise
+        finally:
+            run.optimizer.release()
+            model.eval()
+
+
+def _train(run: Run, listeners: Sequence[Listener]) -> TrainResult:
+    """Resume where that is asked for, do the remaining steps, and write the result."""
+    config = run.config
+    announce(run, listeners, restore(run))
+    description = describe_run(run.model, run.inputs, config, run.identity)
+    write_json(run.output_dir / RUN_FILE, description)
+    with determinism(enabled=config.deterministic), Interruption() as interruption:
+        if config.eval_on_start and run.progress.step == 0:
+            _evaluate(run, interruption)
+        while run.progress.step < run.total_steps:
+            _step(run)
+            if run.is_due(config.eval_strategy, config.eval_steps) and not _is_last(run):
+                _evaluate(run, interruption)
+            stop = interruption.signum
+            if stop is not None or run.is_due(config.save_strategy, config.save_steps):
+                _save(run)
+            if stop is not None and not _is_last(run):
+                raise Interrupted(stop, run.progress.step, run.output_dir)
+        eval_loss = None if config.eval_strategy == "no" else _evaluate(run, interruption)
+        result = _result(run, eval_loss)
+        write_result(run.model, run.tokenizer, run.inputs, description, result)
+    run.tell(TrainingFinished(result))
+    return result
+
+
+def _step(run: Run) -> None:
+    """Do the next optimizer step."""
+    start = time.perf_counter()
+    step = run.progress.step
+    rate = learning_rate(step, run.total_steps, run.config)
+    result = train_step(
+        run.parts,
+        run.optimizer,
+        run.plan.step(*divmod(step, len(run.plan))),
+        step=step,
+        learning_rate=rate,
+        max_grad_norm=run.config.max_grad_norm,
+        seed=run.config.seed,
+    )
+    seconds = time.perf_counter() - start
+    run.progress = run.progress.after(result, seconds)
+    run.tell(
+        StepFinished(
+            step=step + 1,
+            total_steps=run.total_steps,
+            epoch=run.epoch,
+            loss=result.loss,
+            grad_norm=result.grad_norm,
+            learning_rate=rate,
+            supervised_tokens=result.supervised_tokens,
+            tokens=result.tokens,
+            seconds=seconds,
+            memory_bytes=peak_bytes(run.device),
+        )
+    )
+
+
+def _evaluate(run: Run, interruption: Interruption) -> float | None:
+    """Evaluate the held-out rows, where there are any and no signal asks to stop."""
+    if run.inputs.eval is None:
+        return None
+    start = time.perf_counter()
+    result = evaluate_rows(
+        run.parts,
+        run.inputs.eval,
+        batch_size=run.config.per_device_eval_batch_size,
+        pad_token_id=run.pad_token_id,
+        should_stop=lambda: interruption.requested,
+    )
+    if result is None:
+        return None
+    seconds = time.perf_counter() - start
+    step = run.progress.step
+    run.tell(Evaluated(step, run.epoch, result.loss, result.perplexity, result.tokens, seconds))
+    return result.loss
+
+
+def _save(run: Run) -> None:
+    """Save a checkpoint, then remove the oldest ones."""
+    start = time.perf_counter()
+    path = save_checkpoint(run.output_dir, run.model, run.optimizer, run.progress, run.identity)
+    keep_newest(run.output_dir, run.config.save_total_limit)
+    run.tell(CheckpointSaved(run.progress.step, path, time.perf_counter() - start))
+
+
+def _is_last(run: Run) -> bool:
+    return run.progress.step >= run.total_steps
+
+
+def _result(run: Run, eval_loss: float | None) -> TrainResult:
+    progress = run.progress
+    return TrainResult(
+        steps=progress.step,
+        loss=progress.loss_total / max(progress.supervised_tokens, 1),
+        eval_loss=eval_loss,
+        seconds=progress.seconds,
+        tokens=progress.tokens,
+        tokens_per_second=progress.tokens / progress.seconds if progress.seconds > 0 else 0.0,
+        peak_bytes=peak_bytes(run.device),
+        output_dir=run.output_dir,
+    )

@@ -1,0 +1,189 @@
+"""A run's parts, put together: data, plan, optimizer, identity, and how far it is."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+
+from halfbyte.data.loader import BatchPlan
+from halfbyte.memory.activations import checkpoint_activations
+from halfbyte.optim.adamw import OPTIMIZERS, AdamW
+from halfbyte.train.config import TrainConfig, When, steps_between
+from halfbyte.train.directory import METRICS_FILE
+from halfbyte.train.display import make_display
+from halfbyte.train.events import Event, Listener, Notice, TrainingStarted
+from halfbyte.train.identity import identify, require_same
+from halfbyte.train.inputs import Data, Inputs, pad_token_id, prepare_inputs
+from halfbyte.train.loss import LanguageModel
+from halfbyte.train.metrics import Averaged, MetricsFile
+from halfbyte.train.state import Progress, find_checkpoint, load_checkpoint
+from halfbyte.train.trackers import make_trackers
+
+
+@dataclass
+class Run:
+    """Everything that the loop needs.
+
+    Attributes:
+        parts: The model, taken apart for its loss.
+        total_steps: Optimizer steps from the first to the last.
+        identity: What must be the same to resume.
+        progress: How far the run is; the loop replaces it after each step.
+    """
+
+    model: PeftModel
+    parts: LanguageModel
+    tokenizer: Any
+    config: TrainConfig
+    inputs: Inputs
+    plan: BatchPlan
+    optimizer: AdamW
+    total_steps: int
+    identity: dict[str, Any]
+    progress: Progress = field(default_factory=Progress)
+    listeners: list[Listener] = field(default_factory=list)
+
+    @property
+    def output_dir(self) -> Path:
+        """Where the run writes."""
+        return Path(self.config.output_dir)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the first layer is."""
+        return self.model.device
+
+    @property
+    def epoch(self) -> float:
+        """Passes over the data so far."""
+        return self.progress.step / len(self.plan)
+
+    @property
+    def pad_token_id(self) -> int:
+        """What batches are filled with."""
+        return pad_token_id(self.tokenizer)
+
+    def tell(self, event: Event) -> None:
+        """Pass an event to every listener."""
+        for listener in self.listeners:
+            listener(event)
+
+    def steps_between(self, strategy: When, every: float | None) -> int:
+        """Return a strategy's distance in steps, 0 for never."""
+        if strategy == "epoch":
+            return len(self.plan)
+        return 0 if strategy == "no" or every is None else steps_between(every, self.total_steps)
+
+    def is_due(self, strategy: When, every: float | None) -> bool:
+        """Whether something is to be done after the current step."""
+        distance = self.steps_between(strategy, every)
+        return distance > 0 and self.progress.step % distance == 0
+
+
+def assemble(
+    model: PeftModel, tokenizer: Any, data: Data, eval_data: Data | None, config: TrainConfig
+) -> Run:
+    """Prepare the data and build everything around the model.
+
+    Raises:
+        ConfigError: nothing of the model can be trained, or the settings do not fit the data.
+        DataError: the data cannot be read, or would not train anything.
+    """
+    inputs = prepare_inputs(data, eval_data, tokenizer, seed=config.seed)
+    plan = BatchPlan(
+        inputs.train,
+        batch_size=config.per_device_train_batch_size,
+        gradient_accumulation_steps=config.gradient_accumulation_steps,
+        packing=inputs.packing,
+        max_length=inputs.max_length,
+        seed=config.seed,
+        pad_token_id=pad_token_id(tokenizer),
+        shuffle=inputs.shuffle,
+    )
+    total_steps = config.total_steps(len(plan))
+    if config.gradient_checkpointing:
+        checkpoint_activations(model, config.gradient_checkpointing_kwargs)
+    state_bits, paged = OPTIMIZERS[config.optim]
+    return Run(
+        model=model,
+        parts=LanguageModel.of(model),
+        tokenizer=tokenizer,
+        config=config,
+        inputs=inputs,
+        plan=plan,
+        optimizer=AdamW(
+            model.named_parameters(),
+            lr=config.learning_rate,
+            betas=(config.adam_beta1, config.adam_beta2),
+            eps=config.adam_epsilon,
+            weight_decay=config.weight_decay,
+            state_bits=state_bits,
+            paged=paged,
+        ),
+        total_steps=total_steps,
+        identity=identify(model, inputs, config, total_steps),
+    )
+
+
+def restore(run: Run) -> list[Notice]:
+    """Go to where the run to resume was, and return what the user should know about it.
+
+    Raises:
+        CheckpointError: the checkpoint asked for cannot be used.
+        ConfigError: it belongs to another run.
+    """
+    config = run.config
+    if config.resume_from_checkpoint is None:
+        return []
+    saved, skipped = find_checkpoint(run.output_dir, str(config.resume_from_checkpoint))
+    notices = [Notice(line) for line in skipped]
+    if saved is None:
+        return [
+            *notices,
+            Notice(f"nothing to resume in {run.output_dir}: starting from the first step"),
+        ]
+    changes = require_same(saved.identity, run.identity, allowed=config.resume_with_changes)
+    load_checkpoint(saved, run.model, run.optimizer)
+    run.progress = saved.progress
+    return notices + [Notice(f"resumed with a change: {line}") for line in changes]
+
+
+def announce(run: Run, listeners: Sequence[Listener], notices: Sequence[Notice]) -> None:
+    """Make the run's own listeners and tell all that it starts."""
+    config, first_step = run.config, run.progress.step
+    log_every = run.steps_between(config.logging_strategy, config.logging_steps)
+    run_name = config.run_name or run.output_dir.resolve().name
+    metrics = MetricsFile(run.output_dir / METRICS_FILE, first_step=first_step)
+    recorders: list[Listener] = [metrics, *make_trackers(config, run_name)]
+    run.listeners = [Averaged(log_every, recorder) for recorder in recorders]
+    if not config.disable_tqdm:
+        run.listeners.append(make_display(log_every=log_every))
+    run.listeners += listeners
+    run.tell(
+        TrainingStarted(
+            output_dir=run.output_dir,
+            first_step=first_step,
+            total_steps=run.total_steps,
+            steps_per_epoch=len(run.plan),
+            train_rows=len(run.inputs.train),
+            eval_rows=len(run.inputs.eval) if run.inputs.eval is not None else 0,
+            trainable_parameters=run.optimizer.num_parameters,
+            total_parameters=run.model.num_parameters(),
+            data=run.inputs.summary,
+            settings=config.model_dump(),
+        )
+    )
+    for notice in (*notices, *_precision_notices(run)):
+        run.tell(notice)
+
+
+def _precision_notices(run: Run) -> list[Notice]:
+    wanted = torch.bfloat16 if run.config.bf16 else torch.float16 if run.config.fp16 else None
+    if wanted is None or run.model.dtype == wanted:
+        return []
+    return [
+        Notice(f"the model was loaded for {run.model.dtype}, and trains in that, not in {wanted}")
+    ]

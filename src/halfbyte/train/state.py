@@ -1,0 +1,157 @@
+"""Everything that a resumed run needs, in a directory that appears whole or not at all.
+
+    checkpoint-<step>/
+      adapter_model.safetensors, adapter_config.json   the adapter as peft loads it
+      optimizer.safetensors    both moments by parameter; float32 masters of what is not float32
+      state.json               how far the run is, and its identity
+      manifest.json            size and SHA-256 of every file, written last
+
+The learning rate and the order of rows are pure functions of the step, and every generator is
+seeded from the seed and the step (halfbyte.train.rng), so `step` stands for all of them.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from peft import PeftModel
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from halfbyte.adapters.io import write_adapter
+from halfbyte.adapters.state import set_adapter_tensors
+from halfbyte.checkpoint.publish import publish, verify
+from halfbyte.errors import CheckpointError
+from halfbyte.optim.adamw import AdamW
+from halfbyte.train.directory import checkpoints
+from halfbyte.train.step import StepResult
+
+STATE_VERSION = 1
+_STATE_FILE = "state.json"
+_OPTIMIZER_FILE = "optimizer.safetensors"
+_ADAPTER_FILE = "adapter_model.safetensors"
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a run is.
+
+    Attributes:
+        step: Optimizer steps done.
+        loss_total: Sum of the losses of all supervised tokens so far.
+        seconds: Spent in steps, over all parts of a resumed run.
+    """
+
+    step: int = 0
+    tokens: int = 0
+    supervised_tokens: int = 0
+    loss_total: float = 0.0
+    seconds: float = 0.0
+
+    def after(self, result: StepResult, seconds: float) -> "Progress":
+        """Return the progress after one more step."""
+        return replace(
+            self,
+            step=self.step + 1,
+            tokens=self.tokens + result.tokens,
+            supervised_tokens=self.supervised_tokens + result.supervised_tokens,
+            loss_total=self.loss_total + result.loss * result.supervised_tokens,
+            seconds=self.seconds + seconds,
+        )
+
+
+@dataclass(frozen=True)
+class SavedState:
+    """A checkpoint that was found and verified."""
+
+    path: Path
+    progress: Progress
+    identity: Mapping[str, Any]
+
+
+def save_checkpoint(
+    output_dir: Path,
+    model: PeftModel,
+    optimizer: AdamW,
+    progress: Progress,
+    identity: Mapping[str, Any],
+) -> Path:
+    """Publish `checkpoint-<step>` and return its path.
+
+    Raises:
+        CheckpointError: it cannot be written; what was there before is untouched.
+    """
+    folder = output_dir / f"checkpoint-{progress.step}"
+    with publish(folder, overwrite=True) as partial:
+        write_adapter(model, partial, adapter=model.active_adapter)
+        state = optimizer.state_dict()
+        try:
+            save_file(state, partial / _OPTIMIZER_FILE, metadata={"format": "pt"})
+        except SafetensorError as error:  # its way to say that the disk is full
+            raise CheckpointError(f"writing {folder} failed: {error}") from error
+        content = {"version": STATE_VERSION, "progress": asdict(progress), "identity": identity}
+        text = json.dumps(content, indent=2, sort_keys=True)
+        (partial / _STATE_FILE).write_text(text + "\n", encoding="utf-8")
+    return folder
+
+
+def read_checkpoint(folder: Path) -> SavedState:
+    """Verify a checkpoint and return what it says of itself.
+
+    Raises:
+        CheckpointError: a file is missing or damaged, or another version wrote it.
+    """
+    verify(folder)
+    path = folder / _STATE_FILE
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        version = content["version"]
+        if version != STATE_VERSION:
+            raise CheckpointError(
+                f"{path} has version {version}, this Halfbyte reads version {STATE_VERSION}",
+                hint="resume with the Halfbyte that wrote it",
+            )
+        return SavedState(folder, Progress(**content["progress"]), dict(content["identity"]))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(
+            f"{path} cannot be read: {error}", hint="resume from another checkpoint"
+        ) from error
+
+
+def find_checkpoint(output_dir: Path, resume: str) -> tuple[SavedState | None, list[str]]:
+    """Return the checkpoint to resume from, and why newer ones were skipped.
+
+    Args:
+        output_dir: Where "auto" looks; it takes the newest that verifies.
+        resume: "auto", or the path of a checkpoint.
+
+    Raises:
+        CheckpointError: the checkpoint that was named cannot be used, or none of several can.
+    """
+    if resume != "auto":
+        return read_checkpoint(Path(resume)), []
+    skipped: list[str] = []
+    for _, path in checkpoints(output_dir):
+        try:
+            return read_checkpoint(path), skipped
+        except CheckpointError as error:
+            skipped.append(f"skipped {path.name}: {error.message}")
+    if skipped:
+        raise CheckpointError(
+            f"no checkpoint in {output_dir} can be used: " + "; ".join(skipped),
+            hint="set overwrite_output_dir: true to start again from the beginning",
+        )
+    return None, skipped
+
+
+def load_checkpoint(saved: SavedState, model: PeftModel, optimizer: AdamW) -> None:
+    """Put a checkpoint's adapter and optimizer state in the place of the current ones.
+
+    Raises:
+        CheckpointError: the optimizer's state does not fit.
+        AdapterError: the adapter does not fit the model.
+    """
+    set_adapter_tensors(model, load_file(saved.path / _ADAPTER_FILE), model.active_adapter)
+    optimizer.load_state_dict(load_file(saved.path / _OPTIMIZER_FILE))
