@@ -1,68 +1,89 @@
+"""A tiny Llama, in bf16, in our 4 bits and in bitsandbytes' 4 bits, and what adapters need."""
+
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
 
 from halfbyte.quant.config import NF4Config
 
+# Inner sizes are multiples of 64: bitsandbytes' CPU code is wrong elsewhere.
 TINY = {
     "vocab_size": 128,
     "hidden_size": 64,
-    "intermediate_size": 160,
+    "intermediate_size": 128,
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "max_position_embeddings": 64,
 }
-SEVEN = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
-def make_llama(seed=0, dtype=torch.bfloat16, **changes):
+def make_llama(seed=0, **changes):
     torch.manual_seed(seed)
-    model = LlamaForCausalLM(LlamaConfig(**(TINY | changes))).to(dtype)
-    model.config.dtype = dtype
-    return model
+    config = LlamaConfig(**(TINY | changes), dtype=torch.bfloat16)
+    return LlamaForCausalLM(config).to(torch.bfloat16)
+
+
+def save_llama(folder, **changes):
+    make_llama(**changes).save_pretrained(folder)
+    return str(folder)
 
 
 @pytest.fixture(scope="session")
 def base_path(tmp_path_factory):
     """A tiny bf16 Llama on disk."""
-    folder = tmp_path_factory.mktemp("base") / "llama"
-    make_llama().save_pretrained(folder)
-    return str(folder)
+    return save_llama(tmp_path_factory.mktemp("base") / "llama")
 
 
 @pytest.fixture(scope="session")
 def other_path(tmp_path_factory):
     """A Llama of the same shape with other weights."""
-    folder = tmp_path_factory.mktemp("base") / "other"
-    make_llama(seed=1).save_pretrained(folder)
-    return str(folder)
+    return save_llama(tmp_path_factory.mktemp("base") / "other", seed=1)
+
+
+@pytest.fixture(scope="session")
+def wide_path(tmp_path_factory):
+    """A Llama of another shape."""
+    return save_llama(tmp_path_factory.mktemp("base") / "wide", intermediate_size=192)
 
 
 @pytest.fixture
 def load(base_path):
-    """Load the tiny model: `load()` in 4 bits, `load(None)` in bf16."""
+    """Load the tiny model: `load()` in our 4 bits, `load("bnb")` in theirs, `load("bf16")`."""
+    configs = {
+        "nf4": NF4Config(compute_dtype=torch.bfloat16),
+        "bnb": BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=torch.bfloat16,
+        ),
+        "bf16": None,
+    }
 
-    def load_model(config="nf4", path=base_path, **kwargs):
-        quantization = NF4Config() if config == "nf4" else config
-        kwargs.setdefault("dtype", torch.bfloat16)
+    def load_model(kind="nf4", path=base_path):
         return AutoModelForCausalLM.from_pretrained(
-            path, quantization_config=quantization, **kwargs
+            path, quantization_config=configs[kind], dtype=torch.bfloat16
         )
 
     return load_model
 
 
-def randomize(model, seed=0):
+@pytest.fixture
+def randomize():
     """Give every adapter parameter a value that shows in the output."""
-    generator = torch.Generator().manual_seed(seed)
-    for name, parameter in sorted(model.named_parameters()):
-        if "lora_" in name:
-            noise = torch.randn(parameter.shape, generator=generator) * 0.05
-            parameter.data.copy_(noise.to(parameter.dtype))
-    return model
+
+    def fill(model, seed=0, std=0.05):
+        generator = torch.Generator().manual_seed(seed)
+        for name, parameter in sorted(model.named_parameters()):
+            if "lora_A" in name or "lora_B" in name:
+                noise = torch.randn(parameter.shape, generator=generator) * std
+                parameter.data.copy_(noise.to(parameter.dtype))
+        return model
+
+    return fill
 
 
-def batch(rows=2, length=12, seed=0, vocab_size=128):
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(0, vocab_size, (rows, length), generator=generator)
+@pytest.fixture
+def input_ids():
+    return torch.randint(0, 128, (2, 12), generator=torch.Generator().manual_seed(0))

@@ -4,15 +4,16 @@ Forward and backward each dequantize the weight into a temporary and multiply: b
 the packed codes are kept. The weight itself gets no gradient.
 """
 
+import math
 from collections.abc import Callable, MutableMapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.nn import functional as F
 
 from halfbyte.errors import HalfbyteError
+from halfbyte.kernels import linear_4bit as products
 from halfbyte.quant import layout
 from halfbyte.quant.weight import QuantizedWeight
 
@@ -30,7 +31,7 @@ class _Multiply(torch.autograd.Function):
         weight = QuantizedWeight(*fields)
         tensors, ctx.constants = fields[:5], fields[5:]
         ctx.save_for_backward(*tensors)
-        return F.linear(x, weight.dequantize(x.dtype), bias)
+        return products.linear_4bit(x, weight, bias)
 
     @staticmethod
     @once_differentiable
@@ -38,9 +39,9 @@ class _Multiply(torch.autograd.Function):
         weight = QuantizedWeight(*ctx.saved_tensors, *ctx.constants)
         grad_x = grad_bias = None
         if ctx.needs_input_grad[0]:
-            grad_x = grad_output @ weight.dequantize(grad_output.dtype)
+            grad_x = products.grad_input_4bit(grad_output, weight)
         if ctx.needs_input_grad[1]:
-            grad_bias = grad_output.flatten(0, -2).sum(0)
+            grad_bias = grad_output.sum(0)
         return grad_x, grad_bias, *[None] * (len(ctx.saved_tensors) + len(ctx.constants))
 
 
@@ -52,8 +53,10 @@ def linear_4bit(x: Tensor, weight: QuantizedWeight, bias: Tensor | None = None) 
         weight: The quantized `[out, in]`.
         bias: `[out]` in the dtype of `x`, or None.
     """
-    return _Multiply.apply(
-        x,
+    # Rows in and rows out: a view made inside the Function could not be changed in place outside.
+    rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+    y = _Multiply.apply(
+        rows,
         bias,
         weight.packed,
         weight.absmax,
@@ -65,6 +68,7 @@ def linear_4bit(x: Tensor, weight: QuantizedWeight, bias: Tensor | None = None) 
         weight.block_size,
         weight.quant_type,
     )
+    return y.view(*x.shape[:-1], y.shape[-1])
 
 
 class NF4Linear(nn.Linear):
@@ -160,6 +164,13 @@ class NF4Linear(nn.Linear):
         self.weight_dtype = value.dtype
         self.block_size = value.block_size
         self.quant_type = value.quant_type
+
+    @property
+    def W_q(self) -> Tensor:  # noqa: N802
+        """The packed codes. peft takes a layer with this name for a quantized one, and asks
+        `dequantize()` for its weight (DoRA needs it).
+        """
+        return self.weight
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """Return the weight `[out, in]` in `dtype` (by default the dtype that was quantized)."""
