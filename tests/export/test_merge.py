@@ -11,6 +11,8 @@ from halfbyte.errors import AdapterError, CheckpointError, ConfigError
 from halfbyte.export.merge import merge, parse_size
 from halfbyte.quant.config import NF4Config
 
+NF4_IDENTITY = {"version": 1, "quantization": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}}
+
 
 def merged_state(adapted, dtype=torch.bfloat16):
     state = adapted.merge_and_unload().state_dict()
@@ -160,6 +162,20 @@ def test_the_dtype_is_chosen_and_written(tiny_base, make_adapter, tmp_path):
     assert_equal_within_one_rounding(tmp_path / "merged", merged_state(adapted, torch.float32))
 
 
+def test_a_base_that_was_cast_before_it_was_quantized_keeps_its_dtype(
+    tiny_base, make_adapter, tmp_path
+):
+    fingerprint = {"quantization": "nf4-64-True-torch.float32"}
+    identity = {**NF4_IDENTITY, "base": {"fingerprint": fingerprint}}
+    folder, adapted = make_adapter(tiny_base, identity=identity)
+    merge(folder, tmp_path / "merged")
+    state = load_file(tmp_path / "merged" / "model.safetensors")
+    assert {tensor.dtype for tensor in state.values()} == {torch.bfloat16}
+    expected = merged_state(adapted)["model.layers.0.mlp.up_proj.weight"].float()
+    found = state["model.layers.0.mlp.up_proj.weight"].float()
+    torch.testing.assert_close(found, expected, rtol=0.01, atol=1e-3)
+
+
 def test_tokenizer_template_and_shards_come_along(tiny_base, make_adapter, tmp_path):
     folder, _ = make_adapter(tiny_base)
     tokenizer = AutoTokenizer.from_pretrained(tiny_base)
@@ -217,7 +233,7 @@ def test_it_says_what_is_missing(tiny_base, make_adapter, tmp_path):
     with pytest.raises(CheckpointError, match="already exists"):
         merge(folder, tmp_path / "merged", quant=NF4Config())
     merge(folder, tmp_path / "merged", quant=NF4Config(), overwrite=True)
-    with pytest.raises(CheckpointError, match="base 'no/where' is no folder") as caught:
+    with pytest.raises(CheckpointError, match="there is no folder 'no/where'") as caught:
         merge(folder, tmp_path / "other", base="no/where")
     assert "--base" in caught.value.hint
     with pytest.raises(ConfigError, match="onto should be"):

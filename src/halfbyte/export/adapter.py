@@ -9,6 +9,7 @@ so on; they name modules of the model in memory.
 import math
 import re
 from collections import defaultdict
+from collections.abc import Collection
 from dataclasses import MISSING, fields
 from typing import Any
 
@@ -92,13 +93,13 @@ def _token_indices(config: peft.LoraConfig, module: str) -> tuple[int, ...]:
 
 
 def updates_by_tensor(
-    adapter: AdapterFiles, transposed: frozenset[str] = frozenset()
+    adapter: AdapterFiles, transposed: Collection[str] = ()
 ) -> dict[str, list[Update]]:
     """Return what to do to which tensor, under the names that the loaded model uses.
 
     Args:
         adapter: The adapter.
-        transposed: Modules whose weight is stored as [in, out].
+        transposed: Names of weights that are [in, out] (transformers' Conv1D).
 
     Raises:
         AdapterError: a key is unknown, half of a pair is missing, or a setting cannot be merged.
@@ -123,7 +124,7 @@ def updates_by_tensor(
             )
     for module, keys in parts.items():
         for tensor, update in _module_updates(
-            adapter, module, keys, is_transposed=module in transposed
+            adapter, module, keys, is_transposed=f"{module}.weight" in transposed
         ):
             updates[tensor].append(update)
     return dict(updates)

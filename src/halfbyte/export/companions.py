@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from halfbyte.checkpoint.header import read_json
+
 _TOKENIZER_FILES = (
     "tokenizer*",
     "vocab.*",
@@ -41,20 +43,19 @@ def _copy(source: Path, to: Path, patterns: tuple[str, ...]) -> None:
                 shutil.copyfile(path, to / path.name)
 
 
-def write_config(
-    config: dict[str, Any], to: Path, dtype: torch.dtype, changes: dict[str, Any]
-) -> None:
+def write_config(base: Path, to: Path, dtype: torch.dtype, changes: dict[str, Any]) -> None:
     """Write the base's config.json for plain weights of `dtype`.
 
     Args:
-        config: The base's settings.
+        base: The base's folder.
         to: Folder to write into.
         dtype: dtype of the weights.
         changes: Settings that the merge changed, such as vocab_size; where the model's text part
             has settings of its own, they are changed there.
     """
     left_out = ("quantization_config", "torch_dtype", "_name_or_path")
-    config = {key: value for key, value in config.items() if key not in left_out}
+    saved = read_json(base / "config.json")
+    config = {key: value for key, value in saved.items() if key not in left_out}
     config["dtype"] = str(dtype).removeprefix("torch.")
     text_config = config.get("text_config")
     for name, value in changes.items():

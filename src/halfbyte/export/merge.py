@@ -19,20 +19,18 @@ import torch
 from rich.console import Console
 from rich.progress import track
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from halfbyte.adapters.files import AdapterFiles, read_adapter_files
 from halfbyte.checkpoint.publish import publish
-from halfbyte.checkpoint.reader import CheckpointReader
 from halfbyte.checkpoint.writer import ShardedWriter
 from halfbyte.errors import AdapterError, ConfigError
 from halfbyte.export.adapter import updates_by_tensor
-from halfbyte.export.base import BaseWeights, Recipe, dense_names, is_four_bit, read_config
+from halfbyte.export.base import BaseWeights, Recipe
 from halfbyte.export.companions import copy_companions, write_config
-from halfbyte.export.names import TensorNames, empty_model, tensor_names
 from halfbyte.export.plan import Plan, Step, make_plan
-from halfbyte.export.record import find_base, make_recipe, recorded_config
+from halfbyte.export.record import find_base, recorded_recipe
 from halfbyte.export.updates import EmbeddingUpdate, LoraUpdate
+from halfbyte.models.skeleton import Skeleton, conv1d_weights, read_skeleton
 from halfbyte.quant.config import NF4Config
 
 Onto = Literal["dequantized", "original"]
@@ -95,7 +93,10 @@ def merged_tensors(
     """
     for step in plan.steps:
         tensor = base.tensor(step.source)
-        target = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
+        # Training may have cast the weight before it quantized it, to float32 on most CPUs.
+        target = base.stored_dtype(step.source) or tensor.dtype
+        if dtype is not None and tensor.is_floating_point():
+            target = dtype
         yield (
             _merge(step, tensor, adapter, target)
             if step.updates
@@ -158,18 +159,18 @@ def merge(
     target, max_shard_bytes = _dtype(dtype), parse_size(max_shard_size)
     files = read_adapter_files(adapter)
     folder = find_base(files, base)
-    config, model, reader = read_config(folder), empty_model(folder), CheckpointReader(folder)
-    names = tensor_names(model, dense_names(reader))
-    recipe = _recipe(files, model, onto, quant, is_packed=is_four_bit(config))
-    updates = updates_by_tensor(files, names.transposed)
-    plan = make_plan(dense_names(reader), names, updates, files.config)
-    weights = BaseWeights(reader, names, recipe)
+    skeleton = read_skeleton(folder)
+    recipe = _recipe(files, onto, quant, is_packed=bool(skeleton.packed))
+    weights = BaseWeights(skeleton, recipe)
+    updates = updates_by_tensor(files, conv1d_weights(skeleton.model))
+    plan = make_plan(weights.names, skeleton, updates, files.config)
     with publish(Path(to), overwrite=overwrite) as partial:
         tensors = _with_progress(merged_tensors(plan, weights, files, target), len(plan.steps))
         facts = _write(tensors, partial, max_shard_bytes)
         losses = {name: fact.loss for name, fact in facts.items() if fact.loss is not None}
         written = target or next(f.dtype for f in facts.values() if f.dtype.is_floating_point)
-        write_config(config, partial, written, _changed_settings(model, names, plan, facts))
+        changes = _changed_settings(skeleton, plan, facts)
+        write_config(folder, partial, written, changes)
         copy_companions(files.folder, folder, partial)
     return MergeResult(
         path=Path(to),
@@ -183,26 +184,17 @@ def merge(
 
 
 def _recipe(
-    adapter: AdapterFiles,
-    model: PreTrainedModel,
-    onto: Onto,
-    quant: NF4Config | None,
-    *,
-    is_packed: bool,
+    adapter: AdapterFiles, onto: Onto, quant: NF4Config | None, *, is_packed: bool
 ) -> Recipe | None:
     """Return how the base is taken through 4 bits; None where its tensors are right as they are."""
-    if onto == "original":
-        if is_packed:
-            raise AdapterError(
-                "onto=original needs the 16-bit base, and the base that training used is a "
-                "4-bit checkpoint",
-                hint="say where the 16-bit one is with base=..., or use onto=dequantized",
-            )
+    if onto == "original" and is_packed:
+        raise AdapterError(
+            "onto=original needs the 16-bit base, and the base is a 4-bit checkpoint",
+            hint="say where the 16-bit one is with base=..., or use onto=dequantized",
+        )
+    if onto == "original" or is_packed:
         return None
-    if is_packed:
-        return None
-    config = quant if quant is not None else recorded_config(adapter)
-    return None if config is None else make_recipe(config, model, adapter)
+    return Recipe(quant) if quant is not None else recorded_recipe(adapter)
 
 
 class _Fact(NamedTuple):
@@ -232,25 +224,24 @@ def _write(tensors: Iterator[Merged], folder: Path, max_shard_bytes: int) -> dic
     return facts
 
 
-def _changed_settings(
-    model: PreTrainedModel, names: TensorNames, plan: Plan, facts: Mapping[str, _Fact]
-) -> dict[str, Any]:
+def _changed_settings(skeleton: Skeleton, plan: Plan, facts: Mapping[str, _Fact]) -> dict[str, Any]:
     """Return the settings of the base that the merged model has otherwise.
 
     Raises:
         AdapterError: the embedding grew and the output head did not, or the reverse.
     """
     changes: dict[str, Any] = {"tie_word_embeddings": False} if plan.unties else {}
+    model, on_disk = skeleton.model, {there: name for name, there in skeleton.names.items()}
     tables = (model.get_input_embeddings(), model.get_output_embeddings())
     in_memory = [f"{name}.weight" for name, part in model.named_modules() if part in tables]
-    on_disk = [names.in_checkpoint.get(name, name) for name in in_memory]
-    rows = {facts[name].shape[0] for name in on_disk if name in facts}
+    names = [on_disk.get(name, name) for name in in_memory]
+    rows = {facts[name].shape[0] for name in names if name in facts}
     if len(rows) > 1:
         raise AdapterError(
             f"embedding and output head would have {sorted(rows)} rows after merging",
             hint="train both: modules_to_save should name embedding and output head",
         )
-    if rows and rows != {model.config.get_text_config().vocab_size}:
+    if rows and rows != {skeleton.config.get_text_config().vocab_size}:
         changes["vocab_size"] = rows.pop()
     return changes
 

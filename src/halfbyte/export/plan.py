@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import peft
 
 from halfbyte.errors import AdapterError
-from halfbyte.export.names import TensorNames
 from halfbyte.export.updates import RowsUpdate, Update
+from halfbyte.models.skeleton import Skeleton
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Plan:
 
 def make_plan(
     base_names: list[str],
-    names: TensorNames,
+    skeleton: Skeleton,
     updates: Mapping[str, list[Update]],
     adapter_config: peft.LoraConfig,
 ) -> Plan:
@@ -49,27 +49,30 @@ def make_plan(
 
     Args:
         base_names: Dense tensors of the base, as on disk.
-        names: What they are called in memory.
+        skeleton: What they are called in memory, and which are tied.
         updates: Updates by name in memory.
         adapter_config: peft's settings, for `ensure_weight_tying`.
 
     Raises:
         AdapterError: an update falls on no tensor of the base, or on one that is made of several.
     """
+    on_disk = {there: name for name, there in skeleton.names.items()}
     pending = dict(updates)
     unties = False
     extra = []
-    for twin, original in names.tied.items():
+    for twin, original in skeleton.model.all_tied_weights_keys.items():
         shared = _shared_updates(pending.get(twin), pending.get(original), adapter_config)
         if shared is not None:
             pending.pop(twin, None)
             pending[original] = shared
         elif twin in pending or original in pending:
             unties = True
-            if twin not in names.in_checkpoint:
-                source = _source(names, original)
+            if twin not in on_disk:
+                source = _source(skeleton, on_disk, original)
                 extra.append(Step(twin, source, tuple(pending.pop(twin, ()))))
-    by_source = {_source(names, name): tuple(found) for name, found in pending.items() if found}
+    by_source = {
+        _source(skeleton, on_disk, name): tuple(found) for name, found in pending.items() if found
+    }
     steps = [Step(name, name, by_source.get(name, ())) for name in base_names]
     return Plan((*steps, *extra), unties)
 
@@ -85,15 +88,16 @@ def _shared_updates(
     return None
 
 
-def _source(names: TensorNames, name: str) -> str:
-    if name in names.in_checkpoint:
-        return names.in_checkpoint[name]
-    if name in names.converted:
+def _source(skeleton: Skeleton, on_disk: Mapping[str, str], name: str) -> str:
+    """Return the name on disk of the tensor called `name` in memory."""
+    if name in on_disk:
+        return on_disk[name]
+    if name in skeleton.model.state_dict():
         raise AdapterError(
             f"the adapter changes {name}, which the base's checkpoint holds in several pieces",
             hint="merge it with peft's own merge_and_unload",
         )
-    near = difflib.get_close_matches(name, names.in_checkpoint, n=1)
+    near = difflib.get_close_matches(name, on_disk, n=1)
     raise AdapterError(
         f"the adapter changes {name}, which the base does not have"
         + (f" (it has {near[0]})" if near else ""),
