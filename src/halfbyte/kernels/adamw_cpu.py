@@ -15,13 +15,8 @@ class _Settings(ctypes.Structure):
     _fields_ = [
         (name, ctypes.c_float)
         for name in (
-            "beta1",
-            "beta2",
-            "eps",
-            "decay",
-            "step_size",
-            "root_correction2",
-            "grad_scale",
+            *("beta1", "beta2", "gain1", "gain2", "eps"),
+            *("decay", "step_size", "root_correction2", "grad_scale"),
         )
     ]
 
@@ -53,6 +48,8 @@ def adamw8bit_step_(
     settings = _Settings(
         beta1=beta1,
         beta2=beta2,
+        gain1=1.0 - beta1,
+        gain2=1.0 - beta2,
         eps=eps,
         decay=1.0 - lr * weight_decay,
         step_size=lr / (1.0 - beta1**step),

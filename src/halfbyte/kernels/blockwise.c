@@ -219,7 +219,7 @@ static void nearest(const float *thresholds, const float *x, int32_t *index) {
 }
 
 struct adamw8 {
-    float beta1, beta2, eps, decay, step_size, root_correction2, grad_scale;
+    float beta1, beta2, gain1, gain2, eps, decay, step_size, root_correction2, grad_scale;
 };
 
 void hb_adamw8(float *param, const float *grad, uint8_t *exp_avg, uint8_t *exp_avg_sq,
@@ -238,8 +238,8 @@ void hb_adamw8(float *param, const float *grad, uint8_t *exp_avg, uint8_t *exp_a
         uint8_t *code1 = exp_avg + start, *code2 = exp_avg_sq + start;
         for (int64_t i = 0; i < count; i++) {
             float g = raw[i] * s->grad_scale;
-            m[i] = map1[code1[i]] * absmax1[b] * s->beta1 + g * (1.0f - s->beta1);
-            v[i] = map2[code2[i]] * absmax2[b] * s->beta2 + g * g * (1.0f - s->beta2);
+            m[i] = map1[code1[i]] * absmax1[b] * s->beta1 + g * s->gain1;
+            v[i] = map2[code2[i]] * absmax2[b] * s->beta2 + g * g * s->gain2;
         }
         for (int64_t i = 0; i < count; i++) {
             float update = m[i] / (sqrtf(v[i]) / s->root_correction2 + s->eps);

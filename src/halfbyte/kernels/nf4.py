@@ -163,16 +163,20 @@ def _check_lengths(
 
 
 def reference_quantize_4bit(
-    weight: torch.Tensor, *, block_size: int = 64, quant_type: str = "nf4"
+    weight: torch.Tensor, *, block_size: int = 64, quant_type: str = "nf4", rule: str | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Plain-torch `quantize_4bit`, by the rule of the weight's device."""
-    device = weight.device
+    """Plain-torch `quantize_4bit`, by the rule of `rule` ("cpu" or "cuda"), else of its device.
+
+    CUDA's reciprocal is approximate, this one is not: see `nf4_triton`.
+    """
+    device, rule = weight.device, rule or weight.device.type
     flat = weight.reshape(-1).float()
     padded = torch.nn.functional.pad(flat, (0, -flat.numel() % block_size)).view(-1, block_size)
     absmax = padded.abs().amax(dim=1)
-    if device.type == "cuda":
-        absmax = torch.where(absmax < _SMALLEST_NORMAL, 0.0, absmax)
-        scaled = torch.where(absmax[:, None] > 0, padded * (1.0 / absmax)[:, None], 0.0)
+    if rule == "cuda":
+        absmax = _flush(absmax)
+        inverse = torch.where(absmax > 0, 1.0 / absmax, 0.0)
+        scaled = _flush(_flush(padded) * inverse[:, None])
     else:
         divisor = absmax.clamp(min=SMALLEST_ABSMAX_CPU)
         scaled = padded * (1.0 / divisor)[:, None]
@@ -180,12 +184,15 @@ def reference_quantize_4bit(
             absmax[-1] = divisor[-1]
             scaled[-1] = padded[-1] / divisor[-1]
         scaled = scaled.clamp(-1, 1)
-    rank = torch.bucketize(
-        scaled.flatten(), codebooks.thresholds(quant_type, device.type).to(device)
-    )
-    codes = codebooks.codes_by_rank(quant_type, device.type).to(device)[rank]
+    rank = torch.bucketize(scaled.flatten(), codebooks.thresholds(quant_type, rule).to(device))
+    codes = codebooks.codes_by_rank(quant_type, rule).to(device)[rank]
     codes = codes[: flat.numel() + flat.numel() % 2]
     return (codes[::2] << 4 | codes[1::2]).unsqueeze(1), absmax
+
+
+def _flush(x: torch.Tensor) -> torch.Tensor:
+    """Return x with denormals as zeros."""
+    return torch.where(x.abs() < _SMALLEST_NORMAL, 0.0, x)
 
 
 def reference_dequantize_4bit(
@@ -205,7 +212,9 @@ def reference_dequantize_4bit(
     return values.to(dtype).view(*shape)
 
 
-def reference_quantize_blockwise(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def reference_quantize_blockwise(
+    values: torch.Tensor, *, rule: str | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Quantize float32 [B] to the signed dynamic map in blocks of 256: codes uint8 [B], absmax.
 
     An all-zero block is code 0, as in bitsandbytes: with scale 0 every code decodes to 0.
@@ -215,10 +224,10 @@ def reference_quantize_blockwise(values: torch.Tensor) -> tuple[torch.Tensor, to
     padded = padded.view(-1, NESTED_BLOCK_SIZE)
     nested_absmax = padded.abs().amax(dim=1)
     scaled = padded * (1.0 / nested_absmax)[:, None]
-    if device.type == "cuda":
+    if (rule or device.type) == "cuda":
         codes = torch.bucketize(scaled, codebooks.dynamic_thresholds().to(device))
     else:
-        codes = _nearest_binned(scaled, codebooks.dynamic_map())
+        codes = _nearest_binned(scaled, codebooks.dynamic_map().to(device))
     codes = torch.where(nested_absmax[:, None] > 0, codes, 0).to(torch.uint8)
     return codes.view(-1)[:numel], nested_absmax
 

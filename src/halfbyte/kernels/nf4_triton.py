@@ -1,0 +1,225 @@
+"""Four-bit blocks on CUDA: one kernel in each direction.
+
+A program takes a tile of whole blocks, or a part of one where blocks are longer than a tile: a
+thread then reads 16 bytes of codes, and scales are read once a block. Offsets are 64-bit, because a
+stack of experts may hold more than 2^31 elements.
+
+Triton's interpreter (TRITON_INTERPRET=1) has no inline PTX; there `APPROXIMATE` is off and the
+reciprocal is the IEEE one. That changes no code of a bfloat16 weight and about one in 5e7 of a
+float32 one (bitsandbytes is built with --use_fast_math, hence the approximation).
+"""
+
+# mypy: allow-untyped-defs, allow-incomplete-defs
+
+import functools
+import math
+
+import torch
+import triton
+import triton.language as tl
+
+from halfbyte.kernels import codebooks, nf4
+
+# 2 KiB of codes a program: 16 bytes for each of 128 threads.
+_TILE = 4096
+_NESTED_BLOCKS_AT_ONCE = 4
+_SMALLEST_NORMAL = tl.constexpr(2.0**-126)
+_SMALLEST_NORMAL_BITS = tl.constexpr(0x00800000)
+
+
+@triton.jit
+def _inverse_absmax(x, APPROXIMATE: tl.constexpr):
+    """Return the largest magnitude of each row, and one over it; both 0 where it is denormal."""
+    # As integers magnitudes order likewise, and a NaN is above all: it shows in absmax.
+    magnitude = x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+    largest = tl.max(magnitude, axis=1)
+    absmax = tl.where(largest < _SMALLEST_NORMAL_BITS, 0, largest).to(tl.float32, bitcast=True)
+    if APPROXIMATE:
+        inverse = tl.inline_asm_elementwise(
+            "rcp.approx.ftz.f32 $0, $1;", "=f,f", [absmax], dtype=tl.float32, is_pure=True, pack=1
+        )
+    else:
+        inverse = 1.0 / absmax
+    return absmax, tl.where(absmax > 0, inverse, 0.0)
+
+
+@triton.jit
+def _flush(x):
+    """Return x with denormals as zeros, as bitsandbytes' multiplications treat them."""
+    return tl.where(tl.abs(x) < _SMALLEST_NORMAL, 0.0, x)
+
+
+@triton.jit
+def _quantize_kernel(
+    weight_ptr, packed_ptr, absmax_ptr, thresholds_ptr, order_ptr, numel,
+    SIZE: tl.constexpr, BLOCKS: tl.constexpr, IS_SORTED: tl.constexpr, APPROXIMATE: tl.constexpr,
+):  # fmt: skip
+    first = tl.program_id(0).to(tl.int64) * BLOCKS
+    blocks = first + tl.arange(0, BLOCKS)
+    offs = blocks[:, None] * SIZE + tl.arange(0, SIZE)[None, :]
+    x = tl.load(weight_ptr + offs, mask=offs < numel, other=0.0).to(tl.float32)
+    absmax, inverse = _inverse_absmax(x, APPROXIMATE)
+    tl.store(absmax_ptr + blocks, absmax, mask=blocks * SIZE < numel)
+    x = _flush(_flush(x) * inverse[:, None])
+    rank = tl.zeros([BLOCKS, SIZE], dtype=tl.int32)
+    for k in tl.static_range(15):
+        rank += (x > tl.load(thresholds_ptr + k)).to(tl.int32)
+    code = rank if IS_SORTED else tl.load(order_ptr + rank).to(tl.int32)
+    high, low = tl.split(code.reshape(BLOCKS, SIZE // 2, 2))
+    packed_offs = blocks[:, None] * (SIZE // 2) + tl.arange(0, SIZE // 2)[None, :]
+    tl.store(
+        packed_ptr + packed_offs, ((high << 4) | low).to(tl.uint8), mask=packed_offs * 2 < numel
+    )
+
+
+@triton.jit
+def _dequantize_kernel(
+    packed_ptr, scales_ptr, codes_ptr, map_ptr, offset_ptr, levels_ptr, out_ptr, numel,
+    SIZE: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, IS_NESTED: tl.constexpr,
+):  # fmt: skip
+    # A row is a block, or WIDTH elements of one; WIDTH divides SIZE.
+    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    blocks = rows // (SIZE // WIDTH)
+    mask = rows * WIDTH < numel
+    if IS_NESTED:
+        codes = tl.load(codes_ptr + blocks, mask=mask, other=0).to(tl.int32)
+        scale = tl.load(scales_ptr + blocks // 256, mask=mask, other=0.0)
+        # Two roundings, as bitsandbytes has them: fp fusion is off at launch.
+        absmax = tl.load(map_ptr + codes) * scale + tl.load(offset_ptr)
+    else:
+        absmax = tl.load(scales_ptr + blocks, mask=mask, other=0.0)
+    packed_offs = rows[:, None] * (WIDTH // 2) + tl.arange(0, WIDTH // 2)[None, :]
+    pairs = tl.load(packed_ptr + packed_offs, mask=packed_offs * 2 < numel, other=0).to(tl.int32)
+    # Sixteen floats: the gathers are served by the L1 cache.
+    first = tl.load(levels_ptr + (pairs >> 4)) * absmax[:, None]
+    second = tl.load(levels_ptr + (pairs & 15)) * absmax[:, None]
+    element = out_ptr.dtype.element_ty
+    values = tl.join(first.to(element), second.to(element)).reshape(ROWS, WIDTH)
+    offs = rows[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
+    tl.store(out_ptr + offs, values, mask=offs < numel)
+
+
+@triton.jit
+def nearest(thresholds_ptr, x):
+    """Return the count of thresholds below x: of 255, ascending."""
+    index = tl.zeros(x.shape, dtype=tl.int32)
+    for power in tl.static_range(8):
+        step = 128 >> power
+        index += tl.where(tl.load(thresholds_ptr + index + (step - 1)) < x, step, 0)
+    return index
+
+
+@triton.jit
+def _quantize_blockwise_kernel(
+    values_ptr, codes_ptr, absmax_ptr, thresholds_ptr, numel,
+    SIZE: tl.constexpr, BLOCKS: tl.constexpr, APPROXIMATE: tl.constexpr,
+):  # fmt: skip
+    blocks = tl.program_id(0).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)
+    offs = blocks[:, None] * SIZE + tl.arange(0, SIZE)[None, :]
+    x = tl.load(values_ptr + offs, mask=offs < numel, other=0.0)
+    absmax, inverse = _inverse_absmax(x, APPROXIMATE)
+    tl.store(absmax_ptr + blocks, absmax, mask=blocks * SIZE < numel)
+    codes = nearest(thresholds_ptr, _flush(x) * inverse[:, None])
+    codes = tl.where(absmax[:, None] > 0, codes, 0)
+    tl.store(codes_ptr + offs, codes.to(tl.uint8), mask=offs < numel)
+
+
+@functools.cache
+def _table(name: str, quant_type: str, device: torch.device) -> torch.Tensor:
+    """Return a table of codebooks on the device, sent once: a copy from the host would wait."""
+    return getattr(codebooks, name)(quant_type, "cuda").to(device)
+
+
+@functools.cache
+def dynamic_table(name: str, device: torch.device, *, is_signed: bool) -> torch.Tensor:
+    """Return `codebooks.dynamic_map` or `dynamic_thresholds` on the device, sent once."""
+    return getattr(codebooks, name)(signed=is_signed).to(device)
+
+
+def quantize_4bit(weight, *, block_size=64, quant_type="nf4"):
+    weight = weight.contiguous()
+    numel, device = weight.numel(), weight.device
+    packed = weight.new_empty(((numel + 1) // 2, 1), dtype=torch.uint8)
+    absmax = weight.new_empty((triton.cdiv(numel, block_size),), dtype=torch.float32)
+    blocks = max(_TILE // block_size, 1)
+    with torch.cuda.device_of(weight):
+        _quantize_kernel[(triton.cdiv(absmax.numel(), blocks),)](
+            weight,
+            packed,
+            absmax,
+            _table("thresholds", quant_type, device),
+            _table("codes_by_rank", quant_type, device),
+            numel,
+            SIZE=block_size,
+            BLOCKS=blocks,
+            IS_SORTED=quant_type == "nf4",
+            APPROXIMATE=weight.is_cuda,
+        )
+    return packed, absmax
+
+
+def dequantize_4bit(packed, absmax, *, shape, dtype, block_size=64, quant_type="nf4"):
+    out = packed.new_empty(tuple(shape), dtype=dtype)
+    _dequantize_into(out, packed, absmax, None, block_size, quant_type)
+    return out
+
+
+def dequantize_nested(
+    packed,
+    absmax_u8,
+    nested_absmax,
+    nested_map,
+    offset,
+    *,
+    shape,
+    dtype,
+    block_size=64,
+    quant_type="nf4",
+):
+    out = packed.new_empty(tuple(shape), dtype=dtype)
+    nested = (absmax_u8.contiguous(), nested_map.contiguous(), offset)
+    _dequantize_into(out, packed, nested_absmax, nested, block_size, quant_type)
+    return out
+
+
+def _dequantize_into(out, packed, scales, nested, block_size, quant_type):
+    """Fill `out`; `nested` is the codes, map and offset of scales in eight bits, or None."""
+    numel = out.numel()
+    width = min(block_size, _TILE)
+    rows = _TILE // width
+    codes, nested_map, offset = nested or (scales, scales, scales)
+    with torch.cuda.device_of(packed):
+        _dequantize_kernel[(triton.cdiv(numel, rows * width),)](
+            packed.contiguous(),
+            scales.contiguous(),
+            codes,
+            nested_map,
+            offset,
+            _table("levels", quant_type, packed.device),
+            out,
+            numel,
+            SIZE=block_size,
+            WIDTH=width,
+            ROWS=rows,
+            IS_NESTED=nested is not None,
+            enable_fp_fusion=False,
+        )
+
+
+def quantize_blockwise(values):
+    values = values.contiguous()
+    size, numel = nf4.NESTED_BLOCK_SIZE, values.numel()
+    codes = torch.empty_like(values, dtype=torch.uint8)
+    absmax = values.new_empty((math.ceil(numel / size),))
+    with torch.cuda.device_of(values):
+        _quantize_blockwise_kernel[(triton.cdiv(absmax.numel(), _NESTED_BLOCKS_AT_ONCE),)](
+            values,
+            codes,
+            absmax,
+            dynamic_table("dynamic_thresholds", values.device, is_signed=True),
+            numel,
+            SIZE=size,
+            BLOCKS=_NESTED_BLOCKS_AT_ONCE,
+            APPROXIMATE=values.is_cuda,
+        )
+    return codes, absmax
