@@ -1,5 +1,8 @@
 """A tiny Llama, in bf16, in our 4 bits and in bitsandbytes' 4 bits, and what adapters need."""
 
+import copy
+import functools
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
@@ -47,24 +50,26 @@ def wide_path(tmp_path_factory):
     return save_llama(tmp_path_factory.mktemp("base") / "wide", intermediate_size=192)
 
 
+@functools.cache
+def load_once(kind, path):
+    bitsandbytes = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+    )
+    config = {"nf4": NF4Config(), "bnb": bitsandbytes, "bf16": None}[kind]
+    return AutoModelForCausalLM.from_pretrained(
+        path, quantization_config=config, dtype=torch.bfloat16
+    )
+
+
 @pytest.fixture
 def load(base_path):
     """Load the tiny model: `load()` in our 4 bits, `load("bnb")` in theirs, `load("bf16")`."""
-    configs = {
-        "nf4": NF4Config(compute_dtype=torch.bfloat16),
-        "bnb": BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=torch.bfloat16,
-        ),
-        "bf16": None,
-    }
 
     def load_model(kind="nf4", path=base_path):
-        return AutoModelForCausalLM.from_pretrained(
-            path, quantization_config=configs[kind], dtype=torch.bfloat16
-        )
+        return copy.deepcopy(load_once(kind, path))
 
     return load_model
 

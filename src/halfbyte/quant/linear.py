@@ -238,6 +238,9 @@ class NF4Linear(nn.Linear):
                 error_msgs.append(str(error))
         elif strict:
             missing_keys.append(name)
+        if strict:
+            known = {*keys, f"{prefix}bias"} if self.bias is not None else set(keys)
+            unexpected_keys += [k for k in state_dict if k.startswith(prefix) and k not in known]
         if self.bias is not None:
             self._load_bias(state_dict, prefix, strict=strict, missing_keys=missing_keys)
 
