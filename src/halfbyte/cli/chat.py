@@ -1,0 +1,48 @@
+"""halfbyte chat: a conversation in the terminal."""
+
+import sys
+
+from halfbyte.cli.generate import (
+    MaxNewTokens,
+    RepetitionPenalty,
+    Seed,
+    System,
+    Temperature,
+    TopK,
+    TopP,
+    write,
+)
+from halfbyte.cli.opening import Adapter, Device, Model, Quant
+
+
+def chat(
+    model: Model,
+    adapter: Adapter = None,
+    quant: Quant = "auto",
+    system: System = None,
+    max_new_tokens: MaxNewTokens = 512,
+    temperature: Temperature = 0.7,
+    top_p: TopP = 0.9,
+    top_k: TopK = 0,
+    repetition_penalty: RepetitionPenalty = 1.0,
+    seed: Seed = 0,
+    device: Device = None,
+) -> None:
+    """Talk to MODEL. /help lists what else can be typed; Ctrl-C stops an answer, Ctrl-D ends."""
+    from halfbyte.cli.opening import open_model
+    from halfbyte.generate.chat import Conversation, run_chat
+    from halfbyte.generate.sampling import Sampling
+
+    sampling = Sampling(
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        repetition_penalty=repetition_penalty,
+        seed=seed,
+    )
+    loaded, tokenizer = open_model(model, adapter, quant, device)
+    if not tokenizer.chat_template:
+        print("note: no chat template; every line is continued on its own", file=sys.stderr)
+    mark = "> " if sys.stdin.isatty() else ""
+    run_chat(Conversation(loaded, tokenizer, sampling, system), lambda: input(mark), write)

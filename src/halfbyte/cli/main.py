@@ -1,0 +1,48 @@
+"""The command `halfbyte`: one verb each for what can be done with a model.
+
+Verbs import what they need when they run, so that `halfbyte --help` is quick.
+"""
+
+from typing import Annotated
+
+import typer
+
+import halfbyte
+from halfbyte.cli.chat import chat
+from halfbyte.cli.demo import demo
+from halfbyte.cli.doctor import doctor
+from halfbyte.cli.errors import ErrorGroup
+from halfbyte.cli.evaluate import evaluate
+from halfbyte.cli.generate import generate
+from halfbyte.cli.merge import merge
+from halfbyte.cli.quantize import quantize
+from halfbyte.cli.train import TrainCommand, train
+from halfbyte.cli.version import version
+
+app = typer.Typer(
+    name="halfbyte",
+    help=halfbyte.__doc__,
+    cls=ErrorGroup,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+@app.callback()
+def options(
+    debug: Annotated[
+        bool, typer.Option("--debug", help="Show the traceback of errors too.")
+    ] = False,
+) -> None:
+    """Hold the options that stand before the verb."""
+
+
+for verb in (doctor, demo, quantize, train, evaluate, generate, chat, merge, version):
+    app.command(cls=TrainCommand if verb is train else None)(verb)
+
+
+def main() -> None:
+    """Run the command line."""
+    app()

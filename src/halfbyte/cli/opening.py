@@ -1,0 +1,62 @@
+"""How the verbs open a model: a folder, a hub name, `demo`, or a run with its adapter."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from halfbyte.errors import AdapterError, ConfigError
+
+Model = Annotated[
+    str, typer.Argument(help="A folder, a name on the hub, `demo`, or a run that has an adapter.")
+]
+Adapter = Annotated[
+    str | None, typer.Option(help="An adapter's folder or hub name, to put on MODEL.")
+]
+Quant = Annotated[
+    str,
+    typer.Option(help="nf4, fp4 or none (16 bits); auto holds the base as its training did."),
+]
+Device = Annotated[str | None, typer.Option(help="cuda, cuda:1, cpu; by default the GPU.")]
+
+
+def open_model(
+    model: str, adapter: str | None = None, quant: str = "auto", device: str | None = None
+) -> tuple[Any, Any]:
+    """Return (model, tokenizer).
+
+    Args:
+        model: A base, or the folder of an adapter whose base is then loaded too.
+        adapter: An adapter to put on it.
+        quant: "nf4", "fp4", "none" or "auto".
+        device: Where to.
+
+    Raises:
+        HalfbyteError: something is missing, damaged or does not fit.
+    """
+    from halfbyte.adapters.files import CONFIG_FILE, read_adapter_files
+    from halfbyte.config import resolve_model
+    from halfbyte.export.record import find_base
+    from halfbyte.models.load import load
+
+    base: str | Path = resolve_model(model)
+    if adapter is None and (Path(base) / CONFIG_FILE).is_file():
+        adapter, base = str(base), find_base(read_adapter_files(base))
+    return load(base, quant=_config(quant, adapter), device=device, adapter=adapter)
+
+
+def _config(quant: str, adapter: str | None) -> Any:
+    """Return the quantizer's settings, None for 16 bits."""
+    from halfbyte.adapters.files import read_adapter_files
+    from halfbyte.export.record import recorded_recipe
+    from halfbyte.quant.config import NF4Config
+
+    if quant not in ("auto", "nf4", "fp4", "none"):
+        raise ConfigError(f"--quant should be auto, nf4, fp4 or none, got {quant!r}")
+    if quant == "auto" and adapter is not None:
+        try:
+            recipe = recorded_recipe(read_adapter_files(adapter))
+        except AdapterError:  # peft saved it, and says nothing of 4 bits
+            return NF4Config()
+        return recipe and recipe.config
+    return None if quant == "none" else NF4Config(quant_type="fp4" if quant == "fp4" else "nf4")

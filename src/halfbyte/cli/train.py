@@ -1,0 +1,125 @@
+"""halfbyte train: one YAML file, one run."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from typer.core import TyperCommand
+
+if TYPE_CHECKING:
+    from halfbyte.config import RunConfig
+
+
+class TrainCommand(TyperCommand):
+    """`--resume` may stand alone, and --help lists every setting."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Read a bare `--resume` as `--resume auto`."""
+        args = list(args)
+        for index in [i for i, arg in enumerate(args) if arg == "--resume"]:
+            following = args[index + 1 : index + 2]
+            if not following or "=" in following[0] or following[0].startswith("-"):
+                args[index] = "--resume=auto"
+        return super().parse_args(ctx, args)
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        """Write the usual help, then the settings."""
+        super().format_help(ctx, formatter)
+        print_settings()
+
+
+def print_settings() -> None:
+    """List every setting with its default and what it means."""
+    from rich.console import Console
+    from rich.markup import escape
+
+    from halfbyte.config import describe_settings
+
+    console = Console(highlight=False)
+    for section, settings in describe_settings().items():
+        console.print(f"\n[bold]{section}[/]")
+        for name, default, meaning in settings:
+            console.print(f"  [cyan]{name}[/] [dim]{escape(default)}[/]  {escape(meaning)}")
+
+
+def train(
+    config: Annotated[Path, typer.Argument(help="A YAML file; examples/ has some.")],
+    settings: Annotated[
+        list[str] | None, typer.Argument(help="key=value, over those in the file.")
+    ] = None,
+    resume: Annotated[
+        str | None,
+        typer.Option(metavar="[auto|PATH]", help="Go on from the newest checkpoint, or from PATH."),
+    ] = None,
+) -> None:
+    """Train an adapter as a YAML file says; key=value settings win over it.
+
+    Relative paths are relative to the current directory.
+    """
+    from halfbyte.config import RunConfig
+
+    overrides = list(settings or [])
+    if resume is not None:
+        overrides.append(f"resume_from_checkpoint={resume}")
+    run(RunConfig.from_yaml(config, overrides))
+
+
+def run(config: "RunConfig") -> None:
+    """Check the data, load the model, train, and say what came out."""
+    from halfbyte.adapters.inject import add_lora
+    from halfbyte.cli.display import print_facts, size
+    from halfbyte.models.load import load
+    from halfbyte.train.loop import train as train_model
+
+    _check_data(config)
+    model, tokenizer = load(
+        config.model_path,
+        quant=config.quant.build() if config.quant else None,
+        device=config.device,
+        dtype=config.dtype,
+        attn_implementation=config.attn_implementation,
+    )
+    adapted = add_lora(model, config.lora.build(), seed=config.train.seed)
+    print_facts("model", _model_facts(config, adapted))
+    result = train_model(adapted, tokenizer, config.data, config.train)
+    output_dir = Path(config.train.output_dir)
+    (output_dir / "run.yaml").write_text(config.to_yaml(), encoding="utf-8")
+    facts = {
+        "steps": f"{result.steps:,} in {result.seconds:,.0f} s",
+        "training loss": f"{result.loss:.4f}",
+        "held-out loss": "-" if result.eval_loss is None else f"{result.eval_loss:.4f}",
+        "tokens/s": f"{result.tokens_per_second:,.0f}",
+        "peak memory": size(result.peak_bytes),
+        "adapter": output_dir,
+        "next": f"halfbyte chat {output_dir}  or  halfbyte merge {output_dir} {output_dir}-merged",
+    }
+    print_facts("result", facts)
+
+
+def _check_data(config: "RunConfig") -> None:
+    """Read and check the data before the model is loaded; the tokens are kept for training."""
+    from rich.console import Console
+
+    from halfbyte.data.prepare import prepare
+    from halfbyte.models.folder import find_folder
+    from halfbyte.models.skeleton import read_skeleton
+    from halfbyte.models.tokenizer import load_tokenizer
+
+    folder = find_folder(config.model_path)
+    embedding = read_skeleton(folder).model.get_input_embeddings()
+    tokenizer = load_tokenizer(folder, embedding.num_embeddings)
+    Console().print(prepare(config.data, tokenizer, seed=config.train.seed).summary)
+
+
+def _model_facts(config: "RunConfig", model: Any) -> dict[str, str]:
+    from halfbyte.adapters.inject import count_parameters
+    from halfbyte.cli.display import count, size
+
+    trainable, total = count_parameters(model)
+    tensors = {id(t): t.nbytes for t in (*model.parameters(), *model.buffers())}
+    held = f"{config.quant.quant_type}, 4 bits" if config.quant else "16 bits"
+    return {
+        "base": f"{config.model} ({held})",
+        "parameters": f"{count(total)}; {count(trainable)} trainable ({trainable / total:.2%})",
+        "memory": f"{size(sum(tensors.values()))} on {model.device}",
+    }

@@ -1,0 +1,8 @@
+"""halfbyte version."""
+
+import halfbyte
+
+
+def version() -> None:
+    """Print the version."""
+    print(halfbyte.__version__)

@@ -1,0 +1,1 @@
+"""Talking: answers to one prompt, to many, and their score."""

@@ -1,0 +1,124 @@
+"""The rules of the house, as tests: who may import whom, how long, what stands beside what."""
+
+import ast
+import importlib
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import halfbyte
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "src" / "halfbyte"
+LADDER = [  # a part may import from lower rungs and from itself, never sideways or up
+    {"errors", "device"},
+    {"kernels", "checkpoint"},
+    {"quant", "data", "memory"},
+    {"models", "optim"},
+    {"adapters"},
+    {"engine"},
+    {"train"},
+    {"export", "generate", "demo"},
+    {"config"},
+    {"cli"},
+    {"__main__"},
+]
+RUNG = {part: rung for rung, parts in enumerate(LADDER) for part in parts}
+TWINS = ("_triton", "_cpu")
+MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path.name != "__init__.py")
+each_module = pytest.mark.parametrize(
+    "path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE))
+)
+
+
+def part_of(path: Path) -> str:
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def is_twin(path: Path) -> bool:
+    return path.stem.endswith(TWINS)
+
+
+def public_functions(path: Path) -> set[str]:
+    body = ast.parse(path.read_text()).body
+    return {n.name for n in body if isinstance(n, ast.FunctionDef) and not n.name.startswith("_")}
+
+
+def imported_names(path: Path) -> list[str]:
+    names = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "write imports in full: from halfbyte.quant.weight import ..."
+            names += [f"{node.module}.{alias.name}" for alias in node.names]
+        elif isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+    return [name for name in names if name.startswith("halfbyte.")]
+
+
+@each_module
+def test_imports_go_down_the_ladder(path):
+    here = part_of(path)
+    assert here in RUNG, f"{here} has no rung on the ladder"
+    for name in imported_names(path):
+        there = name.split(".")[1]
+        if there == "__version__":
+            continue
+        assert there in RUNG, f"{there} has no rung on the ladder"
+        assert there == here or RUNG[there] < RUNG[here], f"{here} may not import {there}"
+
+
+@each_module
+def test_twins_are_reached_through_their_reference(path):
+    for name in imported_names(path):
+        twins = [part for part in name.split(".")[2:] if part.endswith(TWINS)]
+        allowed = {path.stem + suffix for suffix in TWINS}
+        assert set(twins) <= allowed, f"{twins} is reached through its reference"
+
+
+@each_module
+def test_module_is_short_and_says_what_it_is(path):
+    source = path.read_text()
+    tree = ast.parse(source)
+    docstring = ast.get_docstring(tree)
+    assert docstring, "a module starts with what it is and why"
+    assert docstring.splitlines()[0].rstrip().endswith((".", ":", "?")), "the first line is whole"
+    assert source.count("\n") <= 400, "two ideas in one file?"
+    longest = 150 if is_twin(path) else 60
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            body = node.body[1:] if ast.get_docstring(node) else node.body
+            start = body[0].lineno if body else node.lineno
+            assert node.end_lineno - start < longest, f"{node.name} is too long"
+
+
+@each_module
+def test_module_has_its_test_or_its_reference(path):
+    if is_twin(path):
+        stem = next(path.stem.removesuffix(twin) for twin in TWINS if path.stem.endswith(twin))
+        reference = path.with_name(f"{stem}.py")
+        assert public_functions(path) <= public_functions(reference)
+    elif path.name != "__main__.py":
+        place = path.relative_to(PACKAGE).parent
+        assert (ROOT / "tests" / place / f"test_{path.name}").is_file()
+
+
+@each_module
+def test_there_is_no_shelf_for_odds_and_ends(path):
+    assert path.stem not in {"utils", "common", "helpers", "constants", "misc"}
+
+
+@pytest.mark.parametrize("name", halfbyte.__all__)
+def test_public_names_are_there(name):
+    assert getattr(halfbyte, name) is not None
+
+
+def test_public_names_stand_where_they_are_defined():
+    for name, module in halfbyte._EXPORTS.items():
+        assert hasattr(importlib.import_module(module), name)
+
+
+def test_importing_halfbyte_is_light():
+    code = "import sys, halfbyte; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
