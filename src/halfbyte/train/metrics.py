@@ -19,7 +19,7 @@ from halfbyte.train.events import (
 
 
 class Averaged:
-    """Passes on every event, but of steps only each `every`-th one and the last, for all in between.
+    """Passes on every event, but of steps only each `every`-th and the last, averaged in between.
 
     The loss is the mean over all supervised tokens in between, tokens and seconds are sums, the
     gradient norm and the rest are the last step's. `every` of 0 passes on no step.

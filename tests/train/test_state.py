@@ -1,0 +1,331 @@
+"""A run that is stopped and resumed ends with the same bits as one that was not."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
+
+from halfbyte.checkpoint.publish import write_manifest
+from halfbyte.data.config import DataConfig
+from halfbyte.errors import CheckpointError, ConfigError
+from halfbyte.train import state as state_module
+from halfbyte.train.config import TrainConfig
+from halfbyte.train.events import Notice, StepFinished
+from halfbyte.train.loop import train
+
+LENGTHS = [5, 9, 12, 7, 20, 6, 8, 11, 4, 15, 5]
+STEPS = 7  # an epoch has 3
+
+
+class Killed(Exception):
+    """The process is gone, as far as the run can tell."""
+
+
+def settings(out, **changes):
+    defaults = {
+        "output_dir": str(out),
+        "max_steps": STEPS,
+        "per_device_train_batch_size": 2,
+        "gradient_accumulation_steps": 2,
+        "learning_rate": 1e-2,
+        "weight_decay": 0.1,
+        "save_steps": 1,
+        "disable_tqdm": True,
+    }
+    return TrainConfig(**{**defaults, **changes})
+
+
+def kill_at(step):
+    def listen(event):
+        if isinstance(event, StepFinished) and event.step == step:
+            raise Killed  # after the update, before the checkpoint of this step
+
+    return listen
+
+
+def adapter(out):
+    return (Path(out) / "adapter_model.safetensors").read_bytes()
+
+
+@pytest.fixture
+def run(make_lora, tokenizer, rows_of, tmp_path):
+    """Run in `tmp_path/<name>`, killed at a step or not; returns the directory."""
+
+    def start(name, *, kill=None, data=None, lora=None, listeners=(), **changes):
+        out = tmp_path / name
+        model = make_lora(**(lora or {"lora_dropout": 0.2}))
+        listeners = [*listeners, *([kill_at(kill)] if kill else [])]
+        config = settings(out, **changes)
+        try:
+            train(model, tokenizer, data or rows_of(LENGTHS), config, listeners=listeners)
+        except Killed:
+            assert kill
+        return out
+
+    return start
+
+
+@pytest.mark.parametrize("kill", range(2, STEPS + 1))
+def test_resumed_at_any_step_ends_with_the_same_bits(run, kill):
+    expected = adapter(run("whole"))
+    run("cut", kill=kill)
+    assert adapter(run("cut", resume_from_checkpoint="auto")) == expected
+
+
+@pytest.mark.parametrize("optim", ["paged_adamw_8bit", "adamw_32bit"])
+def test_resume_is_exact_with_other_optimizers(run, optim):
+    expected = adapter(run("whole", optim=optim))
+    run("cut", kill=4, optim=optim)
+    assert adapter(run("cut", resume_from_checkpoint=True, optim=optim)) == expected
+
+
+def test_resume_is_exact_with_modules_trained_in_bf16(make_base, tokenizer, rows_of, tmp_path):
+    def start(name, *listeners, **changes):
+        config = LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=["lm_head"])
+        base = make_base().bfloat16()
+        torch.manual_seed(1)
+        model = get_peft_model(base, config)
+        config = settings(tmp_path / name, learning_rate=1e-4, **changes)
+        train(model, tokenizer, rows_of(LENGTHS), config, listeners=listeners)
+        return adapter(tmp_path / name)
+
+    expected = start("whole")
+    with pytest.raises(Killed):
+        start("cut", kill_at(4))
+    assert start("cut", resume_from_checkpoint="auto") == expected
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_resume_is_exact_in_the_middle_of_an_epoch_of_text(run, tokenizer, tmp_path, packing):
+    path = tmp_path / "rows.jsonl"
+    texts = [{"text": f"{i} and " * (1 + i % 5)} for i in range(24)]
+    path.write_text("\n".join(map(json.dumps, texts)))
+    data = DataConfig(path=str(path), packing=packing, max_length=64)
+    options = {
+        "data": data,
+        "lora": {"lora_dropout": 0.1, "vocab_size": len(tokenizer)},
+        "save_steps": 2,
+    }
+    expected = adapter(run("whole", **options))
+    run("cut", kill=6, **options)
+    assert adapter(run("cut", resume_from_checkpoint="auto", **options)) == expected
+
+
+def test_metrics_are_those_of_one_run(run, tmp_path):
+    run("cut", kill=5, save_steps=2)
+    run("cut", resume_from_checkpoint="auto", save_steps=2)
+    lines = (tmp_path / "cut" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == list(range(1, STEPS + 1))
+
+
+def test_evaluating_in_between_changes_nothing(run, rows_of, make_lora, tokenizer, tmp_path):
+    expected = adapter(run("without"))
+    config = settings(tmp_path / "with", eval_steps=1)
+    model = make_lora(lora_dropout=0.2)
+    train(model, tokenizer, rows_of(LENGTHS), config, eval_data=rows_of([9, 3], seed=5))
+    assert adapter(tmp_path / "with") == expected
+
+
+def test_same_seed_same_bits_other_seed_others(run):
+    first, again, other = adapter(run("a")), adapter(run("b")), adapter(run("c", seed=1))
+    assert first == again
+    assert first != other
+
+
+def test_deterministic_run_is_the_same_twice(run):
+    assert adapter(run("a", deterministic=True)) == adapter(run("b", deterministic=True))
+
+
+def test_damaged_checkpoint_is_skipped_and_named(run):
+    expected = adapter(run("whole"))
+    out = run("cut", kill=5)
+    newest = out / "checkpoint-4" / "optimizer.safetensors"
+    content = bytearray(newest.read_bytes())
+    content[-1] ^= 1  # one flipped bit: safetensors itself loads it
+    newest.write_bytes(content)
+    events = []
+    run("cut", resume_from_checkpoint="auto", listeners=[events.append])
+    messages = [event.message for event in events if isinstance(event, Notice)]
+    assert any("skipped checkpoint-4" in message and "checksum" in message for message in messages)
+    assert adapter(out) == expected
+
+
+def test_damaged_checkpoint_that_was_named_is_an_error(run):
+    out = run("cut", kill=5)
+    (out / "checkpoint-4" / "state.json").unlink()
+    with pytest.raises(CheckpointError, match=r"state.json is listed in the manifest but missing"):
+        run("cut", resume_from_checkpoint=str(out / "checkpoint-4"))
+
+
+def test_no_usable_checkpoint_is_an_error_and_not_a_new_start(run):
+    out = run("cut", kill=2)
+    (out / "checkpoint-1" / "manifest.json").unlink()
+    with pytest.raises(
+        CheckpointError, match=r"no checkpoint in .* can be used: skipped checkpoint-1"
+    ):
+        run("cut", resume_from_checkpoint="auto")
+
+
+def test_checkpoint_of_a_newer_version_names_both(run):
+    out = run("cut", kill=3)
+    path = out / "checkpoint-2" / "state.json"
+    content = json.loads(path.read_text())
+    path.write_text(json.dumps({**content, "version": 9}))
+    write_manifest(path.parent)
+    with pytest.raises(CheckpointError, match="version 9, this Halfbyte reads version 1"):
+        run("cut", resume_from_checkpoint=str(path.parent))
+
+
+def test_strange_neighbours_are_ignored(run):
+    expected = adapter(run("whole"))
+    out = run("cut", kill=4)
+    (out / "checkpoint-10x").mkdir()
+    (out / "checkpoint-99").write_text("a file")
+    (out / ".checkpoint-5.0a1b2c3d.partial").mkdir()
+    assert adapter(run("cut", resume_from_checkpoint="auto")) == expected
+    assert not (out / ".checkpoint-5.0a1b2c3d.partial").exists()
+
+
+def test_latest_step_wins_whatever_the_clock_says(run):
+    out = run("cut", kill=5)
+    for step in range(1, 5):
+        os.utime(out / f"checkpoint-{step}", (2e9 - step, 2e9 - step))
+    steps = []
+
+    def listen(event):
+        if isinstance(event, StepFinished):
+            steps.append(event.step)
+
+    run("cut", resume_from_checkpoint="auto", listeners=[listen])
+    assert steps[0] == 5
+
+
+@pytest.mark.parametrize(
+    ("changes", "difference"),
+    [
+        ({"learning_rate": 2e-2}, "settings.learning_rate was 0.01, is 0.02"),
+        ({"seed": 1}, "settings.seed was 42, is 1"),
+        ({"max_steps": 9}, "total_steps was 7, is 9"),
+        ({"lora": {"lora_dropout": 0.1}}, "adapter.lora_dropout was 0.2, is 0.1"),
+        (
+            {"lora": {"lora_dropout": 0.2, "initializer_range": 0.1}},
+            "the base model has other weights",
+        ),
+    ],
+)
+def test_changed_run_is_refused_with_the_difference(run, changes, difference):
+    run("cut", kill=3)
+    with pytest.raises(ConfigError, match=difference):
+        run("cut", resume_from_checkpoint="auto", **changes)
+
+
+def test_changed_data_are_refused(run, rows_of):
+    run("cut", kill=3)
+    with pytest.raises(ConfigError, match=r"data.fingerprint was .* is .*data.rows was 11, is 12"):
+        run("cut", resume_from_checkpoint="auto", data=rows_of([*LENGTHS, 6]))
+
+
+def test_change_can_be_allowed_and_is_noted(run):
+    run("cut", kill=3)
+    events = []
+    run(
+        "cut",
+        resume_from_checkpoint="auto",
+        resume_with_changes=True,
+        learning_rate=2e-2,
+        listeners=[events.append],
+    )
+    messages = [event.message for event in events if isinstance(event, Notice)]
+    assert "resumed with a change: settings.learning_rate was 0.01, is 0.02" in messages
+
+
+def test_settings_that_teach_nothing_may_change(run):
+    expected = adapter(run("whole"))
+    run("cut", kill=4)
+    changed = {"logging_steps": 3, "save_steps": 3, "save_total_limit": 1}
+    assert adapter(run("cut", resume_from_checkpoint="auto", **changed)) == expected
+
+
+def test_finished_run_resumes_to_itself(run):
+    out = run("whole")
+    before = adapter(out)
+    events = []
+    run("whole", resume_from_checkpoint="auto", listeners=[events.append])
+    assert adapter(out) == before
+    assert events == []
+
+
+def test_nothing_to_resume_starts_from_the_beginning(run):
+    expected = adapter(run("whole"))
+    events = []
+    out = run("fresh", resume_from_checkpoint="auto", listeners=[events.append])
+    assert adapter(out) == expected
+    assert any(
+        isinstance(event, Notice) and "nothing to resume" in event.message for event in events
+    )
+
+
+def test_stopped_run_is_not_silently_started_again(run):
+    run("cut", kill=3)
+    with pytest.raises(ConfigError, match=r"holds a run that was stopped \(checkpoint-2\)"):
+        run("cut")
+
+
+def test_old_checkpoints_go_and_the_newest_stay(run):
+    out = run("whole", save_total_limit=2)
+    assert sorted(path.name for path in out.glob("checkpoint-*")) == [
+        "checkpoint-6",
+        "checkpoint-7",
+    ]
+
+
+def test_checkpoint_holds_no_pickle(run):
+    out = run("whole", kill=2)
+    names = {path.suffix for path in (out / "checkpoint-1").iterdir()}
+    assert names == {".json", ".safetensors"}
+
+
+def test_optimizer_state_of_other_shape_is_refused(run):
+    out = run("cut", kill=2)
+    folder = out / "checkpoint-1"
+    state = load_file(folder / "optimizer.safetensors")
+    name = next(name for name in state if name.startswith("exp_avg."))
+    save_file({**state, name: state[name][:1].clone()}, folder / "optimizer.safetensors")
+    write_manifest(folder)
+    with pytest.raises(CheckpointError, match="optimizer state"):
+        run("cut", resume_from_checkpoint="auto")
+
+
+def test_full_disk_keeps_the_checkpoint_before(run, monkeypatch, tmp_path):
+    saved = state_module.save_file
+    calls = []
+
+    def full(*args, **options):
+        calls.append(args)
+        if len(calls) == 3:
+            raise OSError(28, "No space left on device")
+        saved(*args, **options)
+
+    monkeypatch.setattr(state_module, "save_file", full)
+    with pytest.raises(CheckpointError, match="No space left on device"):
+        run("cut")
+    out = tmp_path / "cut"
+    monkeypatch.undo()
+    assert sorted(path.name for path in out.iterdir() if "checkpoint" in path.name) == [
+        "checkpoint-1",
+        "checkpoint-2",
+    ]
+    expected = adapter(run("whole"))
+    assert adapter(run("cut", resume_from_checkpoint="auto")) == expected
+
+
+def test_moved_run_resumes(run, tmp_path):
+    expected = adapter(run("whole"))
+    run("cut", kill=4)
+    shutil.move(tmp_path / "cut", tmp_path / "räum lich")
+    assert adapter(run("räum lich", resume_from_checkpoint="auto")) == expected
