@@ -4,7 +4,7 @@ from torch.nn import functional as F
 
 from halfbyte.kernels import gated
 
-SHAPES = [(1, 1), (3, 63), (5, 128), (2, 1100)]
+SHAPES = [(1, 1), (3, 63), (5, 128), (2, 1100), (300, 40)]
 
 
 def _reference(gate_up, size, activation):
@@ -31,11 +31,13 @@ def test_forward_and_backward_equal_autograd_in_float64(shape, activation):
     assert _error(actual[:, :size], expected.detach()) < 1e-12
     buffer = gate_up.detach().clone()
     border = buffer[:, 2 * size :].clone()
-    grad_gate_up, hidden = gated.gated_backward(buffer, grad.clone(), size, activation)
-    assert grad_gate_up.data_ptr() == buffer.data_ptr()
-    assert _error(grad_gate_up[:, : 2 * size], expected_grad[:, : 2 * size]) < 1e-12
-    assert torch.equal(grad_gate_up[:, 2 * size :], border)
-    assert _error(hidden, expected.detach()) < 1e-12
+    xa, gb = torch.randn(tokens, 3, dtype=torch.float64), torch.randn(tokens, 2).double()
+    grads = gated.gated_backward_(buffer, grad, xa, gb, size, activation)
+    assert _error(buffer[:, : 2 * size], expected_grad[:, : 2 * size]) < 1e-12
+    assert torch.equal(buffer[:, 2 * size :], border)
+    assert _error(grads[0], expected_grad[:, :size].t() @ xa) < 1e-12
+    assert _error(grads[1], expected_grad[:, size : 2 * size].t() @ xa) < 1e-12
+    assert _error(grads[2], gb.t() @ expected.detach()) < 1e-12
 
 
 @pytest.mark.parametrize("activation", gated.ACTIVATIONS)
@@ -49,10 +51,25 @@ def test_triton_twin_equals_the_reference(shape, activation, triton_device, half
     expected = gated.gated_forward.__wrapped__(gate_up.double(), size, activation)
     actual = twin.gated_forward(gate_up, size, activation, columns=8)
     assert _error(actual[:, :size], expected) < 4e-3
-    wanted, hidden = gated.gated_backward.__wrapped__(
-        gate_up.double(), grad.double(), size, activation
+    xa, gb = (torch.randn(tokens, n, device=triton_device).to(half_dtype) for n in (24, 8))
+    wanted = gate_up.double()
+    expected_grads = gated.gated_backward_.__wrapped__(
+        wanted, grad.double(), xa.double(), gb.double(), size, activation
     )
-    result, again = twin.gated_backward(gate_up.clone(), grad.clone(), size, activation)
+    result = gate_up.clone()
+    grads = twin.gated_backward_(result, grad, xa, gb, size, activation)
     assert _error(result[:, : 2 * size], wanted[:, : 2 * size]) < 4e-3
     assert torch.equal(result[:, 2 * size :], gate_up[:, 2 * size :])
-    assert _error(again, hidden) < 4e-3
+    for actual_grad, expected_grad in zip(grads, expected_grads, strict=True):
+        assert actual_grad.shape == expected_grad.shape
+        assert _error(actual_grad, expected_grad) < 8e-3
+
+
+def test_no_adapters_and_no_tokens_are_fine(triton_device, half_dtype):
+    twin = pytest.importorskip("halfbyte.kernels.gated_triton")
+    for tokens in (0, 3):
+        gate_up = torch.randn(tokens, 20, device=triton_device).to(half_dtype)
+        none = torch.empty(tokens, 0, device=triton_device).to(half_dtype)
+        grad = torch.randn(tokens, 10, device=triton_device).to(half_dtype)
+        grads = twin.gated_backward_(gate_up, grad, none, none, 10, "silu")
+        assert [tuple(g.shape) for g in grads] == [(10, 0), (10, 0), (0, 10)]

@@ -1,3 +1,5 @@
+from dataclasses import dataclass
+
 import pytest
 import torch
 
@@ -5,47 +7,69 @@ from halfbyte.kernels import wide
 from halfbyte.quant.weight import QuantizedWeight
 
 
-def _weight(shape, device, dtype, **settings):
+@dataclass
+class _Part:
+    weight: object
+    lora_A: torch.Tensor | None = None
+    lora_B: torch.Tensor | None = None
+    scaling: float = 1.0
+
+
+def _parts(outputs, inputs, ranks, device, dtype, **settings):
     torch.manual_seed(0)
-    return QuantizedWeight.quantize((torch.randn(shape) * 0.02).to(dtype).to(device), **settings)
+    parts = []
+    for index, (count, rank) in enumerate(zip(outputs, ranks, strict=True)):
+        dense = (torch.randn(count, inputs) * 0.02).to(dtype).to(device)
+        weight = QuantizedWeight.quantize(dense, **settings)
+        adapter = (None, None)
+        if rank:
+            adapter = (
+                torch.randn(rank, inputs, device=device),
+                torch.randn(count, rank, device=device),
+            )
+        parts.append(_Part(weight, *adapter, scaling=0.5 + index))
+    return parts
+
+
+CASES = [
+    ((1,), 64, (0,)),
+    ((33, 70), 128, (4, 4)),
+    ((70, 10, 129), 192, (4, 0, 16)),
+    ((5, 3), 96, (1, 2)),
+    ((64, 64, 64), 1088, (8, 8, 8)),
+]
 
 
 @pytest.mark.parametrize("double_quant", [True, False])
-@pytest.mark.parametrize("shape", [(1, 64), (33, 128), (70, 192), (5, 96), (3, 33)])
-def test_weight_is_written_bit_for_bit_and_nothing_beside_it(
-    shape, double_quant, triton_device, half_dtype
+@pytest.mark.parametrize(("outputs", "inputs", "ranks"), CASES)
+def test_every_part_is_where_it_belongs(
+    outputs, inputs, ranks, double_quant, triton_device, half_dtype
 ):
     twin = pytest.importorskip("halfbyte.kernels.wide_triton")
-    weight = _weight(shape, triton_device, half_dtype, double_quant=double_quant)
-    for fill in (wide.fill_weight_.__wrapped__, twin.fill_weight_):
-        whole = torch.full((shape[0] + 2, shape[1] + 8), float("nan"), device=triton_device)
-        whole = whole.to(half_dtype)
-        fill(whole[: shape[0], : shape[1]], weight)
-        assert torch.equal(whole[: shape[0], : shape[1]], weight.dequantize())
-        assert whole[shape[0] :].isnan().all()
-        assert whole[:, shape[1] :].isnan().all()
+    parts = _parts(outputs, inputs, ranks, triton_device, half_dtype, double_quant=double_quant)
+    N, R = sum(outputs), sum(ranks) + 3
+    for assemble in (wide.assemble_.__wrapped__, twin.assemble_):
+        matrix = torch.full((N + R, inputs + R), float("nan"), device=triton_device)
+        matrix = matrix.to(half_dtype)
+        assemble(matrix, parts)
+        expected = torch.zeros_like(matrix)
+        row = rank = 0
+        for part, count, own in zip(parts, outputs, ranks, strict=True):
+            expected[row : row + count, :inputs] = part.weight.dequantize()
+            if own:
+                columns = slice(inputs + rank, inputs + rank + own)
+                expected[row : row + count, columns] = part.lora_B * part.scaling
+                expected[N + rank : N + rank + own, :inputs] = part.lora_A
+            row, rank = row + count, rank + own
+        assert torch.equal(matrix[:N], expected[:N])
+        assert torch.equal(matrix[:, :inputs], expected[:, :inputs])
+        assert matrix[N:, inputs:].isnan().all()
 
 
-@pytest.mark.parametrize("rank", [1, 4, 16])
-def test_border_holds_the_adapter_and_zeros(rank, triton_device, half_dtype):
-    twin = pytest.importorskip("halfbyte.kernels.wide_triton")
-    torch.manual_seed(0)
-    outputs, inputs, count, row, column = 70, 48, 40, 30, 48 + 8
-    lora_A = torch.randn(rank, inputs, device=triton_device)
-    lora_B = torch.randn(count, rank, device=triton_device)
-    results = []
-    for fill in (wide.fill_border_.__wrapped__, twin.fill_border_):
-        whole = torch.full((outputs + 24, inputs + 24), float("nan"), device=triton_device)
-        whole = whole.to(half_dtype)
-        fill(
-            whole, lora_A, lora_B, 0.5, rows=(row, count), column=column, inputs=inputs,
-            outputs=outputs,
-        )  # fmt: skip
-        results.append(whole)
-        beside = whole[row : row + count, inputs:]
-        assert torch.equal(beside[:, 8 : 8 + rank], lora_B.to(half_dtype))
-        assert (beside[:, :8] == 0).all()
-        assert (beside[:, 8 + rank :] == 0).all()
-        below = whole[outputs + 8 : outputs + 8 + rank, :inputs]
-        assert torch.equal(below, (lora_A * 0.5).to(half_dtype))
-    assert torch.equal(results[0].isnan(), results[1].isnan())
+def test_dense_weights_are_taken_as_they_are():
+    dense = torch.randn(6, 5)
+    part = _Part(dense, torch.randn(2, 5), torch.randn(6, 2), 2.0)
+    matrix = wide.assemble_(torch.empty(8, 7), [part])
+    assert torch.equal(matrix[:6, :5], dense)
+    assert torch.equal(matrix[:6, 5:], part.lora_B * 2)
+    assert torch.equal(matrix[6:, :5], part.lora_A)

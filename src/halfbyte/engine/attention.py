@@ -1,6 +1,7 @@
 """Causal attention for one batch, dense or packed, by the fastest backend that fits.
 
-Shape letters: B sequences, S tokens of each, T = B * S, N query heads, M key-value heads, D head size.
+Shape letters: B sequences, S tokens of each, T = B * S, N query heads,
+M key-value heads, D head size.
 """
 
 import functools
@@ -8,6 +9,7 @@ import inspect
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -56,10 +58,10 @@ def attention(query: Tensor, key: Tensor, value: Tensor, layout: Layout, scale: 
         out = _packed(query, key, value, layout, scale)
         return out.reshape(query.shape[0], -1)
     shape = (layout.batch, layout.length)
-    heads_first = [x.view(*shape, *x.shape[1:]).transpose(1, 2) for x in (query, key, value)]
+    q, k, v = (x.view(*shape, *x.shape[1:]).transpose(1, 2) for x in (query, key, value))
     with sdpa_kernel(_DENSE, set_priority=True):
         out = F.scaled_dot_product_attention(
-            *heads_first, is_causal=True, scale=scale, enable_gqa=query.shape[1] != key.shape[1]
+            q, k, v, is_causal=True, scale=scale, enable_gqa=query.shape[1] != key.shape[1]
         )
     return out.transpose(1, 2).reshape(query.shape[0], -1)
 
@@ -90,10 +92,11 @@ def _varlen() -> Callable[..., Tensor]:
     def call(
         query: Tensor, key: Tensor, value: Tensor, bounds: Tensor, longest: int, scale: float
     ) -> Tensor:
-        options: dict[str, object] = {"scale": scale}
+        options: dict[str, Any] = {"scale": scale}
         options.update({"window_size": (-1, 0)} if "window_size" in names else {"is_causal": True})
         if query.shape[1] != key.shape[1] and "enable_gqa" in names:
             options["enable_gqa"] = True
-        return varlen_attn(query, key, value, bounds, bounds, longest, longest, **options)
+        out = varlen_attn(query, key, value, bounds, bounds, longest, longest, **options)
+        return cast(Tensor, out)
 
     return call

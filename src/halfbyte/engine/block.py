@@ -11,14 +11,16 @@ the products of o, gate and up are given up too, and the backward computes them 
 product is needed by nobody and is never computed again.
 """
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from halfbyte.engine.projections import Siblings
-from halfbyte.kernels.gated import gated_backward, gated_forward
+from halfbyte.engine.projections import Siblings, pairs
+from halfbyte.kernels.border import with_border
+from halfbyte.kernels.gated import gated_backward_, gated_forward
 from halfbyte.kernels.rms_norm import add_rms_norm, rms_norm_backward
 from halfbyte.kernels.rope import rope_, rope_backward
 
@@ -60,6 +62,20 @@ class Keep:
     is_again: bool = False
 
 
+@dataclass(frozen=True)
+class OutWeights:
+    """The weights of the second half of a block."""
+
+    o: Siblings
+    gate_up: Siblings
+    down: Siblings
+
+    @functools.cached_property
+    def adapters(self) -> tuple[Tensor, ...]:
+        """The trainable matrices of all of them, in order."""
+        return self.o.adapters + self.gate_up.adapters + self.down.adapters
+
+
 class IntoAttention(torch.autograd.Function):
     """`x` to `(x, q, k, v)`: norm, three projections with LoRA, rotary embedding."""
 
@@ -76,14 +92,14 @@ class IntoAttention(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Return x `[T, H]` again, q `[T, heads, D]`, k and v `[T, key-value heads, D]`."""
         _, normed = add_rms_norm(x, None, norm_weight, shape.input_eps, columns=qkv.rank)
-        wide = qkv.wide(x.dtype)
+        wide = qkv.wide(x)
         xa = qkv.down_(normed, wide)
         out = qkv.forward(normed, wide, x.new_empty(x.shape[0], qkv.outputs))
         heads = out.view(x.shape[0], -1, shape.head_dim)
         num_rotated = shape.num_heads + shape.num_key_value_heads
         rope_(heads, cos, sin, num_rotated)
         ctx.qkv, ctx.shape = qkv, shape
-        ctx.save_for_backward(x, xa.contiguous(), norm_weight, cos, sin)
+        ctx.save_for_backward(x, xa, norm_weight, cos, sin)
         query = heads[:, : shape.num_heads]
         key = heads[:, shape.num_heads : num_rotated]
         return x.view_as(x), query, key, heads[:, num_rotated:]
@@ -96,28 +112,14 @@ class IntoAttention(torch.autograd.Function):
         qkv, shape = ctx.qkv, ctx.shape
         grad_wide = x.new_empty(x.shape[0], qkv.outputs + qkv.rank)
         rope_backward(grad_query, grad_key, grad_value, cos, sin, grad_wide)
-        wide = qkv.wide(x.dtype)
-        grad_normed = qkv.backward_input(grad_wide, wide)
-        del wide
+        grad_normed = qkv.backward_input(grad_wide, qkv.wide(x))
         _, normed = add_rms_norm(x, None, norm_weight, shape.input_eps)
-        grad_adapters = qkv.backward_adapters(grad_wide, normed, xa)
+        adapters = pairs(qkv.grad_A(grad_wide, normed), qkv.grad_B(grad_wide, xa))
         del normed, grad_wide
-        grad_x = rms_norm_backward(grad_normed, x, norm_weight, shape.input_eps, grad_x)
-        return grad_x, None, None, None, None, None, *grad_adapters
-
-
-@dataclass(frozen=True)
-class OutWeights:
-    """The weights of the second half of a block."""
-
-    o: Siblings
-    gate_up: Siblings
-    down: Siblings
-
-    @property
-    def adapters(self) -> list[Tensor]:
-        """The trainable matrices of all of them, in order."""
-        return self.o.adapters + self.gate_up.adapters + self.down.adapters
+        grad_x = rms_norm_backward(
+            grad_normed, x, norm_weight, shape.input_eps, grad_x, columns=qkv.rank
+        )
+        return grad_x[:, : x.shape[1]], None, None, None, None, None, *adapters
 
 
 class OutOfAttention(torch.autograd.Function):
@@ -142,8 +144,8 @@ class OutOfAttention(torch.autograd.Function):
         hidden = gated_forward(
             gate_up, shape.intermediate_size, shape.activation, columns=down.rank
         )
-        wide = down.wide(x.dtype)
-        down_xa = down.down_(hidden, wide).contiguous()
+        wide = down.wide(x)
+        down_xa = down.down_(hidden, wide)
         y = x.new_empty(x.shape)
         if not keep.is_again:
             down.forward(hidden, wide, y)
@@ -165,29 +167,21 @@ class OutOfAttention(torch.autograd.Function):
             mid, o_xa, normed = _middle(attention, kept[0], weights, shape, norm_weight)
             gate_up, gate_up_xa = _gate_up(normed, weights.gate_up)
             del normed
-        grad_gate_up, grad_down = _backward_down(grad_y, down_xa, gate_up, weights.down, shape)
-        group = weights.gate_up
-        grad_normed = group.backward_input(grad_gate_up, group.wide(grad_y.dtype))
+        grads_B, grads_down = _backward_gated(grad_y, down_xa, gate_up, gate_up_xa, weights, shape)
+        group, grad_gate_up = weights.gate_up, gate_up
+        grad_normed = group.backward_input(grad_gate_up, group.wide(grad_y))
         _, normed = add_rms_norm(mid, None, norm_weight, shape.post_eps)
-        grad_group = group.backward_adapters(grad_gate_up, normed, gate_up_xa)
+        grads_group = pairs(group.grad_A(grad_gate_up, normed), grads_B)
         del normed, grad_gate_up, gate_up
-        grad_mid = rms_norm_backward(grad_normed, mid, norm_weight, shape.post_eps, grad_y)
+        o, size = weights.o, mid.shape[1]
+        grad_wide = rms_norm_backward(
+            grad_normed, mid, norm_weight, shape.post_eps, grad_y, columns=o.rank
+        )
         del grad_normed
-        o = weights.o
-        grad_wide = _widen(grad_mid, o.rank)
-        grad_attention = o.backward_input(grad_wide, o.wide(grad_y.dtype))
-        grad_o = o.backward_adapters(grad_wide, attention, o_xa)
-        adapters = (*grad_o, *grad_group, *grad_down)
-        return grad_attention, grad_mid, None, None, None, None, *adapters
-
-
-def _widen(x: Tensor, columns: int) -> Tensor:
-    """Return a copy of `x` `[T, K]` with room for `columns` more, or `x` where none are needed."""
-    if columns == 0:
-        return x
-    wide = x.new_empty(x.shape[0], x.shape[1] + columns)
-    wide[:, : x.shape[1]] = x
-    return wide
+        grad_attention = o.backward_input(grad_wide, o.wide(grad_y))
+        grads_o = pairs(o.grad_A(grad_wide, attention), o.grad_B(grad_wide[:, :size], o_xa))
+        adapters = (*grads_o, *grads_group, *grads_down)
+        return grad_attention, grad_wide[:, :size], None, None, None, None, *adapters
 
 
 def _middle(
@@ -195,9 +189,9 @@ def _middle(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the residual after attention, o's `x A^T`, and the residual normed (with a border)."""
     o = weights.o
-    wide = o.wide(x.dtype)
-    attention_wide = _widen(attention, o.rank)
-    o_xa = o.down_(attention_wide, wide).contiguous()
+    wide = o.wide(x)
+    attention_wide = with_border(attention, o.rank)
+    o_xa = o.down_(attention_wide, wide)
     delta = o.forward(attention_wide, wide, x.new_empty(x.shape))
     mid, normed = add_rms_norm(x, delta, norm_weight, shape.post_eps, columns=weights.gate_up.rank)
     return mid, o_xa, normed
@@ -205,20 +199,31 @@ def _middle(
 
 def _gate_up(normed: Tensor, group: Siblings) -> tuple[Tensor, Tensor]:
     """Return gate and up side by side, with room for the backward's border, and their `x A^T`."""
-    wide = group.wide(normed.dtype)
-    xa = group.down_(normed, wide).contiguous()
+    wide = group.wide(normed)
+    xa = group.down_(normed, wide)
     gate_up = normed.new_empty(normed.shape[0], group.outputs + group.rank)
     group.forward(normed, wide, gate_up[:, : group.outputs])
     return gate_up, xa
 
 
-def _backward_down(
-    grad_y: Tensor, down_xa: Tensor, gate_up: Tensor, down: Siblings, shape: BlockShape
-) -> tuple[Tensor, list[Tensor]]:
-    """Return the gradient of gate and up, in `gate_up`'s memory, and of down's adapter."""
-    grad_wide = _widen(grad_y, down.rank)
-    grad_hidden = down.backward_input(grad_wide, down.wide(grad_y.dtype))
-    grad_gate_up, hidden = gated_backward(
-        gate_up, grad_hidden, shape.intermediate_size, shape.activation
-    )
-    return grad_gate_up, down.backward_adapters(grad_wide, hidden, down_xa)
+def _backward_gated(
+    grad_y: Tensor,
+    down_xa: Tensor,
+    gate_up: Tensor,
+    gate_up_xa: Tensor,
+    weights: OutWeights,
+    shape: BlockShape,
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Turn `gate_up` into its gradient; return that of B of gate and up, and down's adapter's."""
+    down, group = weights.down, weights.gate_up
+    grad_wide = with_border(grad_y, down.rank)
+    grad_hidden = down.backward_input(grad_wide, down.wide(grad_y))
+    grad_B = down.grad_B(grad_wide[:, : down.outputs], down_xa)
+    gate_B, up_B, down_A = gated_backward_(
+        gate_up, grad_hidden, gate_up_xa, grad_wide[:, down.outputs :],
+        shape.intermediate_size, shape.activation,
+    )  # fmt: skip
+    gate, up = group.projections
+    both = ((gate_B[:, : gate.rank], gate), (up_B[:, gate.rank : gate.rank + up.rank], up))
+    grads_B = [grad for grad, projection in both if projection.rank]
+    return grads_B, pairs(down.split_ranks(down_A), grad_B)

@@ -23,18 +23,28 @@ ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh"
 class FusedLayer:
     """The Llama shape of a decoder layer: pre-norm attention, pre-norm gated MLP.
 
+    It holds the layer's tensors as they are now: after `set_adapter` or `.to(device)` make a new one.
+
     Args:
         layer: The transformers layer.
         config: The model's configuration.
     """
 
     def __init__(self, layer: Any, config: Any) -> None:
-        self.layer = layer
-        self.scale = float(layer.self_attn.scaling)
+        attn, mlp = layer.self_attn, layer.mlp
+        self.qkv = _siblings(attn.q_proj, attn.k_proj, attn.v_proj)
+        self.out = OutWeights(
+            o=_siblings(attn.o_proj),
+            gate_up=_siblings(mlp.gate_proj, mlp.up_proj),
+            down=_siblings(mlp.down_proj),
+        )
+        self.input_norm = _norm_weight(layer.input_layernorm)
+        self.post_norm = _norm_weight(layer.post_attention_layernorm)
+        self.scale = float(attn.scaling)
         self.shape = BlockShape(
             num_heads=config.num_attention_heads,
             num_key_value_heads=config.num_key_value_heads,
-            head_dim=int(layer.self_attn.head_dim),
+            head_dim=int(attn.head_dim),
             intermediate_size=config.intermediate_size,
             activation=ACTIVATIONS[config.hidden_act],
             input_eps=float(layer.input_layernorm.variance_epsilon),
@@ -61,20 +71,12 @@ class FusedLayer:
         )  # fmt: skip
 
     def _forward(self, x: Tensor, cos: Tensor, sin: Tensor, layout: Layout, keep: Keep) -> Tensor:
-        attn, mlp = self.layer.self_attn, self.layer.mlp
-        qkv = _siblings(attn.q_proj, attn.k_proj, attn.v_proj)
-        out = OutWeights(
-            o=_siblings(attn.o_proj),
-            gate_up=_siblings(mlp.gate_proj, mlp.up_proj),
-            down=_siblings(mlp.down_proj),
-        )
-        norm = _norm_weight(self.layer.input_layernorm, x)
+        qkv, out = self.qkv, self.out
         x, query, key, value = IntoAttention.apply(
-            x, qkv, self.shape, norm, cos, sin, *qkv.adapters
+            x, qkv, self.shape, self.input_norm, cos, sin, *qkv.adapters
         )
         mixed = attention(query, key, value, layout, self.scale)
-        norm = _norm_weight(self.layer.post_attention_layernorm, x)
-        return OutOfAttention.apply(mixed, x, out, self.shape, norm, keep, *out.adapters)
+        return OutOfAttention.apply(mixed, x, out, self.shape, self.post_norm, keep, *out.adapters)
 
 
 @contextlib.contextmanager
@@ -87,8 +89,9 @@ def _again(keep: Keep) -> Iterator[None]:
         keep.is_again = False
 
 
-def _norm_weight(norm: Any, x: Tensor) -> Tensor:
-    return norm.weight.detach().to(torch.promote_types(x.dtype, torch.float32))
+def _norm_weight(norm: Any) -> Tensor:
+    weight: Tensor = norm.weight.detach()
+    return weight.to(torch.promote_types(weight.dtype, torch.float32))
 
 
 def _siblings(*modules: nn.Module) -> Siblings:

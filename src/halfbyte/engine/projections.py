@@ -2,31 +2,24 @@
 
 Shape letters: T tokens, K inputs, N outputs of all siblings together, R their LoRA ranks together.
 
-q, k and v (or gate and up) read the same input. Their 4-bit weights are dequantized into one
-*wide* matrix whose border holds the adapters:
+q, k and v (or gate and up) read the same input. Their 4-bit weights are dequantized into one *wide*
+matrix `[N + R, K + R]` whose border holds the adapters (drawn in `kernels/wide.py`). Then
 
-            K columns        R columns
-        ┌────────────────┬─────────────┐
-        │ W_q            │ B_q         │
-      N │ W_k            │     B_k     │        x_wide = [ x | x A^T ]       (A scaled by alpha/r)
-        │ W_v            │         B_v │
-        ├────────────────┼─────────────┤
-      R │ A_q A_k A_v    │ (not used)  │
-        └────────────────┴─────────────┘
-
-    forward    y      = x_wide @ wide[:N]^T            base + LoRA
+    forward    y      = [ x | x A^T ] @ wide[:N]^T     base + LoRA
     backward   grad_x = [ dy | dy B ] @ wide[:, :K]    summed over siblings, base + LoRA
 
 are one product each, so the large tensors are read and written once. The float32 accumulator of
 the product adds the LoRA term before rounding: one rounding less than base, LoRA, then addition.
+The wide matrix lives for one forward or one backward; it is never saved.
 """
 
+import functools
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from halfbyte.kernels.wide import fill_border_, fill_weight_
+from halfbyte.kernels.wide import assemble_
 from halfbyte.quant.weight import QuantizedWeight
 
 
@@ -49,16 +42,6 @@ class Projection:
     scaling: float = 1.0
 
     @property
-    def outputs(self) -> int:
-        """Number of output features."""
-        return int(self.weight.shape[0])
-
-    @property
-    def inputs(self) -> int:
-        """Number of input features."""
-        return int(self.weight.shape[1])
-
-    @property
     def rank(self) -> int:
         """LoRA rank; 0 without an adapter."""
         return 0 if self.lora_A is None else int(self.lora_A.shape[0])
@@ -70,70 +53,79 @@ class Siblings:
 
     projections: tuple[Projection, ...]
 
-    @property
+    @functools.cached_property
     def inputs(self) -> int:
-        """Inputs."""
-        return self.projections[0].inputs
+        """K."""
+        return int(self.projections[0].weight.shape[1])
 
-    @property
+    @functools.cached_property
     def outputs(self) -> int:
-        """Outputs of all siblings."""
-        return sum(p.outputs for p in self.projections)
+        """N."""
+        return self.columns[-1]
 
-    @property
+    @functools.cached_property
+    def columns(self) -> tuple[int, ...]:
+        """Where the outputs of each sibling end."""
+        ends, end = [], 0
+        for p in self.projections:
+            end += int(p.weight.shape[0])
+            ends.append(end)
+        return tuple(ends)
+
+    @functools.cached_property
     def rank(self) -> int:
-        """LoRA ranks of all siblings, padded so that rows stay aligned to 16 bytes."""
+        """R, padded so that rows stay aligned to 16 bytes."""
         return -(-sum(p.rank for p in self.projections) // 8) * 8
 
-    @property
-    def adapters(self) -> list[Tensor]:
-        """The trainable matrices, A then B of each adapted sibling."""
-        return [t for p in self.projections for t in (p.lora_A, p.lora_B) if t is not None]
+    @functools.cached_property
+    def scaling(self) -> float | None:
+        """The siblings' scaling where they share one, else None."""
+        scalings = {p.scaling for p in self.projections if p.rank}
+        return scalings.pop() if len(scalings) == 1 else None
 
-    def wide(self, dtype: torch.dtype) -> Tensor:
-        """Return the wide matrix `[N + R, K + R]`, made anew."""
-        first = self.projections[0].weight
-        device = first.packed.device if isinstance(first, QuantizedWeight) else first.device
-        wide = torch.empty(
-            self.outputs + self.rank, self.inputs + self.rank, dtype=dtype, device=device
-        )
-        row, column = 0, self.inputs
-        for p in self.projections:
-            block = wide[row : row + p.outputs, : self.inputs]
-            if isinstance(p.weight, QuantizedWeight):
-                fill_weight_(block, p.weight)
-            else:
-                block.copy_(p.weight)
-            row += p.outputs
-        if self.rank:
-            row = 0
-            for p in self.projections:
-                fill_border_(
-                    wide, p.lora_A, p.lora_B, p.scaling,
-                    rows=(row, p.outputs), column=column, inputs=self.inputs, outputs=self.outputs,
-                )  # fmt: skip
-                row += p.outputs
-                column += p.rank
-            if column < self.inputs + self.rank:
-                wide[: self.outputs, column:] = 0
-                wide[self.outputs + column - self.inputs :, : self.inputs] = 0
-        return wide
+    @functools.cached_property
+    def has_bias(self) -> bool:
+        """Whether any sibling has a bias."""
+        return any(p.bias is not None for p in self.projections)
+
+    @functools.cached_property
+    def adapters(self) -> tuple[Tensor, ...]:
+        """The trainable matrices, A then B of each adapted sibling."""
+        pairs = ((p.lora_A, p.lora_B) for p in self.projections)
+        return tuple(t for pair in pairs for t in pair if t is not None)
+
+    def wide(self, like: Tensor) -> Tensor:
+        """Return the wide matrix `[N + R, K + R]` in the dtype and on the device of `like`."""
+        wide = like.new_empty(self.outputs + self.rank, self.inputs + self.rank)
+        return assemble_(wide, self.projections)
 
     def down_(self, x_wide: Tensor, wide: Tensor) -> Tensor:
-        """Write `x A^T`, scaled, into the last R columns of `x_wide` and return those columns."""
+        """Write `x A^T` into the last R columns of `x_wide`; return a copy times the scaling.
+
+        The copy `[T, R]` is what `grad_B` is made from.
+        """
         xa = x_wide[:, self.inputs :]
         if self.rank:
             torch.mm(x_wide[:, : self.inputs], wide[self.outputs :, : self.inputs].t(), out=xa)
-        return xa
+        return self._scaled(xa)
+
+    def _scaled(self, xa: Tensor) -> Tensor:
+        if self.scaling is not None:
+            return xa * self.scaling
+        ranks = [(p.rank, p.scaling) for p in self.projections]
+        parts = [xa.new_full((rank,), scaling) for rank, scaling in ranks]
+        padding = xa.new_zeros(self.rank - sum(rank for rank, _ in ranks))
+        return xa * torch.cat([*parts, padding])
 
     def forward(self, x_wide: Tensor, wide: Tensor, out: Tensor) -> Tensor:
         """Write all siblings' outputs into `out` `[T, N]` and return it."""
         torch.mm(x_wide, wide[: self.outputs].t(), out=out)
-        row = 0
-        for p in self.projections:
-            if p.bias is not None:
-                out[:, row : row + p.outputs] += p.bias
-            row += p.outputs
+        if self.has_bias:
+            start = 0
+            for p, end in zip(self.projections, self.columns, strict=True):
+                if p.bias is not None:
+                    out[:, start:end] += p.bias
+                start = end
         return out
 
     def backward_input(self, grad_wide: Tensor, wide: Tensor) -> Tensor:
@@ -141,41 +133,43 @@ class Siblings:
 
         Args:
             grad_wide: `[T, N + R]`: the outputs' gradient; its last R columns are filled here with
-                `dy B`, which `backward_adapters` reads.
+                `dy B`, scaled, which `grad_A` reads.
             wide: What `wide()` returned.
         """
         if self.rank:
-            torch.mm(
-                grad_wide[:, : self.outputs],
-                wide[: self.outputs, self.inputs :],
-                out=grad_wide[:, self.outputs :],
-            )
+            border = grad_wide[:, self.outputs :]
+            torch.mm(grad_wide[:, : self.outputs], wide[: self.outputs, self.inputs :], out=border)
         return torch.mm(grad_wide, wide[:, : self.inputs])
 
-    def backward_adapters(self, grad_wide: Tensor, x: Tensor, xa: Tensor) -> list[Tensor]:
-        """Return the float32 gradients of `adapters`, in their order.
-
-        Args:
-            grad_wide: As `backward_input` left it.
-            x: `[T, K]`, the input.
-            xa: `[T, R]`, the scaled `x A^T` of the forward.
-        """
+    def grad_A(self, grad_wide: Tensor, x: Tensor) -> list[Tensor]:  # noqa: N802
+        """Return the float32 gradient of each sibling's A, from `backward_input`'s border and x."""
         if not self.rank:
             return []
-        grad_A = _product_float32(grad_wide[:, self.outputs :].t(), x)
-        grads: list[Tensor] = []
-        row = rank = 0
-        for p in self.projections:
+        grad = product_float32(grad_wide[:, self.outputs :].t(), x)
+        return self.split_ranks(grad)
+
+    def grad_B(self, grad_wide: Tensor, xa: Tensor) -> list[Tensor]:  # noqa: N802
+        """Return the float32 gradient of each sibling's B, from `dy` and the scaled `x A^T`."""
+        grads, start, rank = [], 0, 0
+        for p, end in zip(self.projections, self.columns, strict=True):
             if p.rank:
-                grads.append(grad_A[rank : rank + p.rank] * p.scaling)
-                columns = grad_wide[:, row : row + p.outputs]
-                grads.append(_product_float32(columns.t(), xa[:, rank : rank + p.rank]))
-            row += p.outputs
-            rank += p.rank
+                own = xa[:, rank : rank + p.rank]
+                grads.append(product_float32(grad_wide[:, start:end].t(), own))
+            start, rank = end, rank + p.rank
         return grads
 
+    def split_ranks(self, grad: Tensor) -> list[Tensor]:
+        """Split the rows of `[R, ...]` into those of each adapted sibling, without the padding."""
+        ranks = [p.rank for p in self.projections if p.rank]
+        return list(grad[: sum(ranks)].split(ranks)) if ranks else []
 
-def _product_float32(a: Tensor, b: Tensor) -> Tensor:
+
+def pairs(grads_A: list[Tensor], grads_B: list[Tensor]) -> list[Tensor]:
+    """Return the gradients in the order of `Siblings.adapters`."""
+    return [grad for pair in zip(grads_A, grads_B, strict=True) for grad in pair]
+
+
+def product_float32(a: Tensor, b: Tensor) -> Tensor:
     """Return `a @ b` as float32 (or float64), without rounding the sum to the inputs' dtype."""
     if a.is_cuda and a.dtype != torch.float32:
         return torch.mm(a, b, out_dtype=torch.float32)

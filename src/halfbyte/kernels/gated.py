@@ -1,7 +1,11 @@
 """The gated activation of a decoder's MLP: `act(gate) * up`, from one buffer that holds both.
 
-Shape letters: T tokens, I intermediate size. `act` is SiLU (SwiGLU) or the tanh form of GELU
-(GeGLU); Shazeer 2020, arXiv 2002.05202.
+Shape letters: T tokens, I intermediate size, R LoRA ranks. `act` is SiLU (SwiGLU) or the tanh form
+of GELU (GeGLU); Shazeer 2020, arXiv 2002.05202.
+
+The backward also makes the gradients of the adapters that stand around it: those of B of gate and
+up, and of A of down. All three are sums over tokens of what is in registers just then; made apart,
+they would read 6 I elements of a token again, and the gated product would have to be written.
 """
 
 import torch
@@ -36,22 +40,35 @@ def gated_forward(gate_up: Tensor, size: int, activation: str, *, columns: int =
 
 
 @accelerated
-def gated_backward(
-    gate_up: Tensor, grad_hidden: Tensor, size: int, activation: str
-) -> tuple[Tensor, Tensor]:
-    """Return `(grad_gate_up, hidden)`; the gradient takes `gate_up`'s place in memory.
+def gated_backward_(
+    gate_up: Tensor,
+    grad_hidden: Tensor,
+    gate_up_xa: Tensor,
+    down_gb: Tensor,
+    size: int,
+    activation: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Put the gradient of gate and up in their place; return gradients of the adapters around it.
 
     Args:
-        gate_up: `[T, >= 2 I]` as in the forward; overwritten by its gradient in columns `[0, 2 I)`.
-        grad_hidden: `[T, I]`; overwritten by `hidden`, the forward's result again.
+        gate_up: `[T, >= 2 I]` as in the forward; columns `[0, 2 I)` become their gradient.
+        grad_hidden: `[T, I]`, the gradient of the gated product.
+        gate_up_xa: `[T, R1]`, the scaled `x A^T` of gate and up.
+        down_gb: `[T, R2]`, the scaled `dy B` of down (rows may have a pitch).
         size: I.
         activation: One of `ACTIVATIONS`.
+
+    Returns:
+        float32 `[I, R1]` and `[I, R1]`, the gradients of B of gate and of up against every column
+        of `gate_up_xa`; and float32 `[R2, I]`, the gradient of A of down.
     """
     with torch.enable_grad():
         wide = gate_up[:, : 2 * size].to(torch.promote_types(gate_up.dtype, torch.float32))
         wide = wide.detach().requires_grad_()
         hidden = _activation(wide[:, :size], activation) * wide[:, size:]
-        (grad,) = torch.autograd.grad(hidden, wide, grad_hidden[:, :size].to(wide.dtype))
+        (grad,) = torch.autograd.grad(hidden, wide, grad_hidden.to(wide.dtype))
     gate_up[:, : 2 * size] = grad.to(gate_up.dtype)
-    grad_hidden[:, :size] = hidden.detach().to(grad_hidden.dtype)
-    return gate_up, grad_hidden
+    xa, rounded = gate_up_xa.to(wide.dtype), gate_up[:, : 2 * size].to(wide.dtype)
+    hidden = hidden.detach().to(gate_up.dtype).to(wide.dtype)
+    grad_A = down_gb.to(wide.dtype).t() @ hidden
+    return rounded[:, :size].t() @ xa, rounded[:, size:].t() @ xa, grad_A

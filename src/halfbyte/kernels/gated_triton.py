@@ -7,6 +7,8 @@ from torch import Tensor
 
 # 4 warps x 8 elements of 16 bits = 16 bytes a thread and access.
 _BLOCK = 1024
+# Programs of the backward: about eight waves of the 132 multiprocessors of an H100.
+_PROGRAMS = 1024
 
 
 @triton.jit
@@ -47,20 +49,57 @@ def _gated_forward_kernel(
 
 @triton.jit
 def _gated_backward_kernel(
-    gate_up_ptr, grad_ptr, stride_in, stride_grad, size, ACT: tl.constexpr, BLOCK: tl.constexpr
-):
-    row = tl.program_id(0).to(tl.int64)
-    offs = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    mask = offs < size
-    gate_ptrs = gate_up_ptr + row * stride_in + offs
-    gate = tl.load(gate_ptrs, mask=mask, other=0.0)
-    up = tl.load(gate_ptrs + size, mask=mask, other=0.0).to(tl.float32)
-    grad_ptrs = grad_ptr + row * stride_grad + offs
-    grad = tl.load(grad_ptrs, mask=mask, other=0.0).to(tl.float32)
-    act, slope = _act_and_slope(gate.to(tl.float32), ACT)
-    tl.store(gate_ptrs, (grad * up * slope).to(gate.dtype), mask=mask)
-    tl.store(gate_ptrs + size, (grad * act).to(gate.dtype), mask=mask)
-    tl.store(grad_ptrs, (act * up).to(gate.dtype), mask=mask)
+    gate_up_ptr, grad_ptr, xa_ptr, gb_ptr, out_ptr,
+    stride_in, stride_grad, stride_xa, stride_gb, T, size, tokens_per_split,
+    R1: tl.constexpr, R2: tl.constexpr, BLOCK_R1: tl.constexpr, BLOCK_R2: tl.constexpr,
+    ACT: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_T: tl.constexpr,
+):  # fmt: skip
+    columns = tl.program_id(0) * BLOCK_I + tl.arange(0, BLOCK_I)
+    column_mask = columns < size
+    split = tl.program_id(1).to(tl.int64)
+    ranks1, ranks2 = tl.arange(0, BLOCK_R1), tl.arange(0, BLOCK_R2)
+    grad_gate = tl.zeros((BLOCK_I, BLOCK_R1), tl.float32)
+    grad_up = tl.zeros((BLOCK_I, BLOCK_R1), tl.float32)
+    grad_down = tl.zeros((BLOCK_I, BLOCK_R2), tl.float32)
+    first = split * tokens_per_split
+    for start in range(0, tokens_per_split, BLOCK_T):
+        rows = first + start + tl.arange(0, BLOCK_T)
+        row_mask = rows < tl.minimum(T, first + tokens_per_split)
+        mask = row_mask[:, None] & column_mask[None, :]
+        gate_ptrs = gate_up_ptr + rows[:, None] * stride_in + columns[None, :]
+        gate = tl.load(gate_ptrs, mask=mask, other=0.0)
+        up = tl.load(gate_ptrs + size, mask=mask, other=0.0).to(tl.float32)
+        grad_ptrs = grad_ptr + rows[:, None] * stride_grad + columns[None, :]
+        grad = tl.load(grad_ptrs, mask=mask, other=0.0).to(tl.float32)
+        act, slope = _act_and_slope(gate.to(tl.float32), ACT)
+        d_gate = (grad * up * slope).to(gate.dtype)
+        d_up = (grad * act).to(gate.dtype)
+        tl.store(gate_ptrs, d_gate, mask=mask)
+        tl.store(gate_ptrs + size, d_up, mask=mask)
+        if R1 > 0:
+            xa = tl.load(
+                xa_ptr + rows[:, None] * stride_xa + ranks1[None, :],
+                mask=row_mask[:, None] & (ranks1 < R1)[None, :], other=0.0,
+            )  # fmt: skip
+            grad_gate = tl.dot(tl.trans(d_gate), xa, grad_gate, input_precision="ieee")
+            grad_up = tl.dot(tl.trans(d_up), xa, grad_up, input_precision="ieee")
+        if R2 > 0:
+            gb = tl.load(
+                gb_ptr + rows[:, None] * stride_gb + ranks2[None, :],
+                mask=row_mask[:, None] & (ranks2 < R2)[None, :], other=0.0,
+            )  # fmt: skip
+            hidden = (act * up).to(gate.dtype)
+            grad_down = tl.dot(tl.trans(hidden), gb, grad_down, input_precision="ieee")
+    # Partial sums of a split, each [size, 2 R1 + R2]; the host's sum over splits keeps an order.
+    width = 2 * R1 + R2
+    base = out_ptr + (split * size + columns.to(tl.int64))[:, None] * width
+    if R1 > 0:
+        mask1 = column_mask[:, None] & (ranks1 < R1)[None, :]
+        tl.store(base + ranks1[None, :], grad_gate, mask=mask1)
+        tl.store(base + R1 + ranks1[None, :], grad_up, mask=mask1)
+    if R2 > 0:
+        mask2 = column_mask[:, None] & (ranks2 < R2)[None, :]
+        tl.store(base + 2 * R1 + ranks2[None, :], grad_down, mask=mask2)
 
 
 def gated_forward(gate_up: Tensor, size: int, activation: str, *, columns: int = 0) -> Tensor:
@@ -73,13 +112,32 @@ def gated_forward(gate_up: Tensor, size: int, activation: str, *, columns: int =
     return out
 
 
-def gated_backward(
-    gate_up: Tensor, grad_hidden: Tensor, size: int, activation: str
-) -> tuple[Tensor, Tensor]:
-    T = gate_up.shape[0]
+def gated_backward_(
+    gate_up: Tensor,
+    grad_hidden: Tensor,
+    gate_up_xa: Tensor,
+    down_gb: Tensor,
+    size: int,
+    activation: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    T, R1, R2 = gate_up.shape[0], gate_up_xa.shape[1], down_gb.shape[1]
+    # Accumulators of large ranks would not fit into registers with as many columns.
+    block_i, block_t = (
+        (128, 32) if max(R1, R2) <= 32 else (64, 32) if max(R1, R2) <= 64 else (32, 32)
+    )
+    column_blocks = triton.cdiv(size, block_i)
+    splits = max(1, min(triton.cdiv(_PROGRAMS, column_blocks), triton.cdiv(T, 4 * block_t)))
+    tokens = triton.cdiv(triton.cdiv(T, splits), block_t) * block_t
+    shape = (splits, size, 2 * R1 + R2)
+    partial = torch.zeros(shape, dtype=torch.float32, device=gate_up.device)
     if T:
-        _gated_backward_kernel[(T, triton.cdiv(size, _BLOCK))](
-            gate_up, grad_hidden, gate_up.stride(0), grad_hidden.stride(0), size,
-            ACT=activation, BLOCK=_BLOCK,
+        _gated_backward_kernel[(column_blocks, splits)](
+            gate_up, grad_hidden, gate_up_xa, down_gb, partial,
+            gate_up.stride(0), grad_hidden.stride(0), gate_up_xa.stride(0), down_gb.stride(0),
+            T, size, tokens,
+            R1=R1, R2=R2, BLOCK_R1=max(triton.next_power_of_2(R1), 16),
+            BLOCK_R2=max(triton.next_power_of_2(R2), 16),
+            ACT=activation, BLOCK_I=block_i, BLOCK_T=block_t, num_warps=4,
         )  # fmt: skip
-    return gate_up, grad_hidden
+    total = partial.sum(0) if splits > 1 else partial[0]
+    return total[:, :R1], total[:, R1 : 2 * R1], total[:, 2 * R1 :].t()

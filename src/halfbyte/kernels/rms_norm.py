@@ -39,7 +39,13 @@ def add_rms_norm(
 
 @accelerated
 def rms_norm_backward(
-    grad_normed: Tensor, x: Tensor, weight: Tensor, eps: float, grad_residual: Tensor | None
+    grad_normed: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    eps: float,
+    grad_residual: Tensor | None,
+    *,
+    columns: int = 0,
 ) -> Tensor:
     """Return the gradient of `x` `[T, H]`: through the norm, plus `grad_residual` around it.
 
@@ -49,6 +55,7 @@ def rms_norm_backward(
         weight: `[H]` float32; frozen, so it gets no gradient.
         eps: As in the forward.
         grad_residual: `[T, H]`, gradient that reaches `x` beside the norm, or None.
+        columns: Room after the result, left unwritten: it is then `[T, H + columns]`.
     """
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
@@ -57,4 +64,6 @@ def rms_norm_backward(
     grad_x = scale * (grad - normed * (grad * normed).mean(-1, keepdim=True))
     if grad_residual is not None:
         grad_x = grad_x + grad_residual
-    return grad_x.to(x.dtype)
+    out = x.new_empty(x.shape[0], x.shape[1] + columns)
+    out[:, : x.shape[1]] = grad_x.to(x.dtype)
+    return out

@@ -32,7 +32,7 @@ def _add_rms_norm_kernel(
 @triton.jit
 def _rms_norm_backward_kernel(
     grad_ptr, x_ptr, weight_ptr, residual_ptr, out_ptr,
-    stride_grad, stride_x, stride_residual, H, eps,
+    stride_grad, stride_x, stride_residual, stride_out, H, eps,
     HAS_RESIDUAL: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
@@ -49,7 +49,7 @@ def _rms_norm_backward_kernel(
     if HAS_RESIDUAL:
         beside = tl.load(residual_ptr + row * stride_residual + offs, mask=mask, other=0.0)
         grad_x += beside.to(tl.float32)
-    tl.store(out_ptr + row * H + offs, grad_x.to(x.dtype), mask=mask)
+    tl.store(out_ptr + row * stride_out + offs, grad_x.to(x.dtype), mask=mask)
 
 
 def _launch(H: int) -> tuple[int, int]:
@@ -76,17 +76,23 @@ def add_rms_norm(
 
 
 def rms_norm_backward(
-    grad_normed: Tensor, x: Tensor, weight: Tensor, eps: float, grad_residual: Tensor | None
+    grad_normed: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    eps: float,
+    grad_residual: Tensor | None,
+    *,
+    columns: int = 0,
 ) -> Tensor:
     T, H = x.shape
-    out = torch.empty(T, H, dtype=x.dtype, device=x.device)
+    out = torch.empty(T, H + columns, dtype=x.dtype, device=x.device)
     if T == 0:
         return out
     block, warps = _launch(H)
     beside = x if grad_residual is None else grad_residual
     _rms_norm_backward_kernel[(T,)](
         grad_normed, x, weight, beside, out,
-        grad_normed.stride(0), x.stride(0), beside.stride(0), H, eps,
+        grad_normed.stride(0), x.stride(0), beside.stride(0), out.stride(0), H, eps,
         HAS_RESIDUAL=grad_residual is not None, BLOCK=block, num_warps=warps,
     )  # fmt: skip
     return out

@@ -1,4 +1,4 @@
-"""The softmax, loss and gradient of a chunk of logits on CUDA, in place: two reads and one write."""
+"""The softmax, loss and gradient of a chunk of logits on CUDA, in place."""
 
 import torch
 import triton

@@ -1,9 +1,18 @@
-"""Fill the wide matrix of sibling projections: 4-bit weights in the middle, LoRA in the border.
+"""The wide matrix of sibling projections: 4-bit weights in the middle, LoRA in the border.
 
-See `engine/projections.py` for the drawing. Rows of the wide matrix have a pitch, so these kernels
-write into views that are not contiguous.
+            K columns        R columns
+        ┌────────────────┬─────────────┐
+        │ W_q            │ B_q         │
+      N │ W_k            │     B_k     │        B scaled by alpha / r, zeros around it
+        │ W_v            │         B_v │
+        ├────────────────┼─────────────┤
+      R │ A_q A_k A_v    │ (not used)  │
+        └────────────────┴─────────────┘
+
+`engine/projections.py` says what it is for.
 """
 
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
@@ -16,62 +25,71 @@ from halfbyte.kernels.nf4 import dequantize_4bit, dequantize_nested
 class Quantized(Protocol):
     """The tensors of a 4-bit weight (`quant.weight.QuantizedWeight` is one)."""
 
-    packed: Tensor
-    absmax: Tensor
-    nested_absmax: Tensor | None
-    nested_map: Tensor | None
-    offset: Tensor | None
-    shape: torch.Size
-    dtype: torch.dtype
-    block_size: int
-    quant_type: str
+    @property
+    def packed(self) -> Tensor: ...  # noqa: D102
+    @property
+    def absmax(self) -> Tensor: ...  # noqa: D102
+    @property
+    def nested_absmax(self) -> Tensor | None: ...  # noqa: D102
+    @property
+    def nested_map(self) -> Tensor | None: ...  # noqa: D102
+    @property
+    def offset(self) -> Tensor | None: ...  # noqa: D102
+    @property
+    def shape(self) -> torch.Size: ...  # noqa: D102
+    @property
+    def block_size(self) -> int: ...  # noqa: D102
+    @property
+    def quant_type(self) -> str: ...  # noqa: D102
+
+
+class Part(Protocol):
+    """One sibling: its weight `[N_i, K]` and its adapter, `A [r, K]` and `B [N_i, r]`, or None."""
+
+    @property
+    def weight(self) -> Quantized | Tensor: ...  # noqa: D102
+    @property
+    def lora_A(self) -> Tensor | None: ...  # noqa: D102, N802
+    @property
+    def lora_B(self) -> Tensor | None: ...  # noqa: D102, N802
+    @property
+    def scaling(self) -> float: ...  # noqa: D102
 
 
 @accelerated
-def fill_weight_(block: Tensor, weight: Quantized) -> Tensor:
-    """Dequantize `weight` into `block` `[N, K]`, whose rows may have a pitch, and return it."""
-    settings = {"block_size": weight.block_size, "quant_type": weight.quant_type}
-    if weight.nested_absmax is None:
-        dense = dequantize_4bit(
-            weight.packed, weight.absmax, shape=weight.shape, dtype=weight.dtype, **settings
-        )
-    else:
-        dense = dequantize_nested(
-            weight.packed, weight.absmax, weight.nested_absmax, weight.nested_map, weight.offset,
-            shape=weight.shape, dtype=weight.dtype, **settings,
-        )  # fmt: skip
-    return block.copy_(dense)
+def assemble_(wide: Tensor, parts: Sequence[Part]) -> Tensor:
+    """Fill `wide` `[N + R, K + R]` from its parts, rounding to its dtype, and return it.
 
-
-@accelerated
-def fill_border_(
-    wide: Tensor,
-    lora_A: Tensor | None,
-    lora_B: Tensor | None,
-    scaling: float,
-    *,
-    rows: tuple[int, int],
-    column: int,
-    inputs: int,
-    outputs: int,
-) -> Tensor:
-    """Write one sibling's adapter into the border of `wide` `[N + R, K + R]` and return it.
-
-    Args:
-        wide: The matrix to fill.
-        lora_A: `[r, K]` float32 or None; goes, times `scaling`, into the rows below N.
-        lora_B: `[N_i, r]` float32 or None; goes beside its own rows, with zeros around it.
-        scaling: The adapter's scale.
-        rows: First row and number of rows of this sibling.
-        column: First border column of this sibling.
-        inputs: K.
-        outputs: N.
+    The corner of R rows and R columns is left as it is. R may exceed the sum of the ranks; the
+    columns and rows beyond them become zeros.
     """
-    row, count = rows
-    wide[row : row + count, inputs:] = 0
-    if lora_A is not None and lora_B is not None:
-        rank = lora_A.shape[0]
-        below = outputs + column - inputs
-        wide[below : below + rank, :inputs] = (lora_A.detach() * scaling).to(wide.dtype)
-        wide[row : row + count, column : column + rank] = lora_B.detach().to(wide.dtype)
+    outputs = sum(part.weight.shape[0] for part in parts)
+    inputs = parts[0].weight.shape[1]
+    wide[:outputs, inputs:] = 0
+    row = rank = 0
+    for part in parts:
+        rows = slice(row, row + part.weight.shape[0])
+        wide[rows, :inputs] = _dense(part.weight, wide.dtype)
+        row = rows.stop
+        if part.lora_A is not None and part.lora_B is not None:
+            columns = slice(inputs + rank, inputs + rank + part.lora_A.shape[0])
+            wide[rows, columns] = part.lora_B.detach() * part.scaling
+            rank += part.lora_A.shape[0]
+            wide[outputs + columns.start - inputs : outputs + rank, :inputs] = part.lora_A.detach()
+    wide[outputs + rank :, :inputs] = 0
     return wide
+
+
+def _dense(weight: Quantized | Tensor, dtype: torch.dtype) -> Tensor:
+    if isinstance(weight, Tensor):
+        return weight
+    block_size, quant_type = weight.block_size, weight.quant_type
+    if weight.nested_absmax is None or weight.nested_map is None or weight.offset is None:
+        return dequantize_4bit(
+            weight.packed, weight.absmax,
+            shape=weight.shape, dtype=dtype, block_size=block_size, quant_type=quant_type,
+        )  # fmt: skip
+    return dequantize_nested(
+        weight.packed, weight.absmax, weight.nested_absmax, weight.nested_map, weight.offset,
+        shape=weight.shape, dtype=dtype, block_size=block_size, quant_type=quant_type,
+    )  # fmt: skip

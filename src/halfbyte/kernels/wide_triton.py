@@ -1,4 +1,8 @@
-"""Fill the wide matrix of sibling projections, on CUDA."""
+"""The wide matrix of sibling projections, on CUDA, in one launch.
+
+The host is what binds short steps: seven projections, each a dequantize and two borders, twice a
+step, would be 1,344 launches of an 8B model. One launch a group makes them 256.
+"""
 
 import functools
 
@@ -8,65 +12,122 @@ import triton.language as tl
 from torch import Tensor
 
 from halfbyte.kernels import codebooks
-from halfbyte.kernels.wide import fill_weight_ as _dispatching_fill_weight_
+from halfbyte.kernels.wide import assemble_ as _dispatching_assemble_
 
-# 64 blocks of 64 codes: 2 KiB of codes a program, 16 bytes a thread with 128 threads.
-_BLOCKS = 64
+# Elements a program: 64 blocks of 64 codes, so that a thread of 128 loads 16 bytes of codes.
+_ELEMENTS = 4096
+_RIGHT_ROWS = 64
+_BELOW_COLUMNS = 1024
 
 
 @triton.jit
-def _fill_weight_kernel(
-    packed_ptr, absmax_ptr, nested_ptr, map_ptr, offset_ptr, levels_ptr, out_ptr,
-    pitch, K, num_blocks,
+def _fill(
+    pid, packed, absmax_ptr, nested, nested_map, offset, levels, out, pitch, K, num_blocks,
     SIZE: tl.constexpr, NESTED: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
-    blocks = tl.program_id(0).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)
+    blocks = pid.to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)
     mask = blocks < num_blocks
     if NESTED:
         code = tl.load(absmax_ptr + blocks, mask=mask, other=0).to(tl.int32)
-        scale = tl.load(nested_ptr + blocks // 256, mask=mask, other=0.0)
+        scale = tl.load(nested + blocks // 256, mask=mask, other=0.0)
         # Two roundings (fp fusion is off at launch), as bitsandbytes has them.
-        absmax = tl.load(map_ptr + code) * scale + tl.load(offset_ptr)
+        absmax = tl.load(nested_map + code) * scale + tl.load(offset)
     else:
         absmax = tl.load(absmax_ptr + blocks, mask=mask, other=0.0)
     offs = tl.arange(0, SIZE // 2)
     pairs = tl.load(
-        packed_ptr + blocks[:, None] * (SIZE // 2) + offs[None, :], mask=mask[:, None], other=0
+        packed + blocks[:, None] * (SIZE // 2) + offs[None, :], mask=mask[:, None], other=0
     ).to(tl.int32)
-    first = tl.load(levels_ptr + (pairs >> 4)) * absmax[:, None]
-    second = tl.load(levels_ptr + (pairs & 15)) * absmax[:, None]
-    element = out_ptr.dtype.element_ty
+    first = tl.load(levels + (pairs >> 4)) * absmax[:, None]
+    second = tl.load(levels + (pairs & 15)) * absmax[:, None]
+    element = out.dtype.element_ty
     values = tl.join(first.to(element), second.to(element)).reshape(BLOCKS, SIZE)
     start = blocks * SIZE
-    target = out_ptr + (start // K) * pitch + start % K
+    target = out + (start // K) * pitch + start % K
     tl.store(target[:, None] + tl.arange(0, SIZE)[None, :], values, mask=mask[:, None])
 
 
 @triton.jit
-def _border_right_kernel(
-    wide_ptr, lora_B_ptr, pitch, first_row, count, inputs, column, rank,
-    WIDTH: tl.constexpr, ROWS: tl.constexpr, width,
+def _right(
+    pid, lora_B, scaling, out, pitch, K, count, first_column,
+    RANK: tl.constexpr, WIDTH: tl.constexpr, BLOCK_WIDTH: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    columns = tl.arange(0, WIDTH)
-    own = columns - (column - inputs)
-    is_own = (own >= 0) & (own < rank)
-    mask = (rows < count)[:, None]
-    value = tl.load(
-        lora_B_ptr + rows[:, None] * rank + own[None, :], mask=mask & is_own[None, :], other=0.0
-    )
-    target = wide_ptr + (first_row + rows)[:, None] * pitch + inputs + columns[None, :]
-    tl.store(target, value.to(wide_ptr.dtype.element_ty), mask=mask & (columns < width)[None, :])
+    rows = pid.to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    columns = tl.arange(0, BLOCK_WIDTH)
+    own = columns - first_column
+    mask = (rows < count)[:, None] & (columns < WIDTH)[None, :]
+    is_own = mask & ((own >= 0) & (own < RANK))[None, :]
+    value = tl.load(lora_B + rows[:, None] * RANK + own[None, :], mask=is_own, other=0.0) * scaling
+    target = out + rows[:, None] * pitch + K + columns[None, :]
+    tl.store(target, value.to(out.dtype.element_ty), mask=mask)
 
 
 @triton.jit
-def _border_below_kernel(wide_ptr, lora_A_ptr, pitch, first_row, K, scaling, BLOCK: tl.constexpr):
-    row = tl.program_id(0).to(tl.int64)
-    offs = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+def _below(
+    pid, A0, A1, A2, out, pitch, K,
+    R0: tl.constexpr, R1: tl.constexpr, R2: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    num_columns = tl.cdiv(K, COLUMNS)
+    row = (pid // num_columns).to(tl.int64)
+    offs = (pid % num_columns) * COLUMNS + tl.arange(0, COLUMNS)
     mask = offs < K
-    value = tl.load(lora_A_ptr + row * K + offs, mask=mask, other=0.0) * scaling
-    target = wide_ptr + (first_row + row) * pitch + offs
-    tl.store(target, value.to(wide_ptr.dtype.element_ty), mask=mask)
+    value = tl.load(A0 + row * K + offs, mask=mask & (row < R0), other=0.0)
+    inner = row - R0
+    value += tl.load(A1 + inner * K + offs, mask=mask & (inner >= 0) & (inner < R1), other=0.0)
+    inner = row - R0 - R1
+    value += tl.load(A2 + inner * K + offs, mask=mask & (inner >= 0) & (inner < R2), other=0.0)
+    tl.store(out + row * pitch + offs, value.to(out.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _assemble_kernel(
+    packed0, absmax0, nested0, map0, offset0, A0, B0,
+    packed1, absmax1, nested1, map1, offset1, A1, B1,
+    packed2, absmax2, nested2, map2, offset2, A2, B2,
+    levels, out, pitch, K, N0, N1, N2, scaling0, scaling1, scaling2,
+    R0: tl.constexpr, R1: tl.constexpr, R2: tl.constexpr,
+    WIDTH: tl.constexpr, BLOCK_WIDTH: tl.constexpr,
+    SIZE: tl.constexpr, NESTED: tl.constexpr, BLOCKS: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    pid = tl.program_id(0)
+    per_row = K // SIZE
+    fill0 = tl.cdiv(N0 * per_row, BLOCKS)
+    fill1 = fill0 + tl.cdiv(N1 * per_row, BLOCKS)
+    fill2 = fill1 + tl.cdiv(N2 * per_row, BLOCKS)
+    out1 = out + tl.cast(pitch, tl.int64) * N0
+    out2 = out1 + tl.cast(pitch, tl.int64) * N1
+    if pid < fill0:
+        _fill(
+            pid, packed0, absmax0, nested0, map0, offset0, levels, out, pitch, K, N0 * per_row,
+            SIZE, NESTED, BLOCKS,
+        )  # fmt: skip
+    elif pid < fill1:
+        _fill(
+            pid - fill0, packed1, absmax1, nested1, map1, offset1, levels, out1, pitch, K,
+            N1 * per_row, SIZE, NESTED, BLOCKS,
+        )  # fmt: skip
+    elif pid < fill2:
+        _fill(
+            pid - fill1, packed2, absmax2, nested2, map2, offset2, levels, out2, pitch, K,
+            N2 * per_row, SIZE, NESTED, BLOCKS,
+        )  # fmt: skip
+    elif WIDTH > 0:
+        right0 = fill2 + tl.cdiv(N0, ROWS)
+        right1 = right0 + tl.cdiv(N1, ROWS)
+        right2 = right1 + tl.cdiv(N2, ROWS)
+        if pid < right0:
+            _right(pid - fill2, B0, scaling0, out, pitch, K, N0, 0, R0, WIDTH, BLOCK_WIDTH, ROWS)
+        elif pid < right1:
+            _right(pid - right0, B1, scaling1, out1, pitch, K, N1, R0, R1, WIDTH, BLOCK_WIDTH, ROWS)
+        elif pid < right2:
+            _right(
+                pid - right1, B2, scaling2, out2, pitch, K, N2, R0 + R1, R2, WIDTH, BLOCK_WIDTH,
+                ROWS,
+            )  # fmt: skip
+        else:
+            below = out2 + tl.cast(pitch, tl.int64) * N2
+            _below(pid - right2, A0, A1, A2, below, pitch, K, R0, R1, R2, COLUMNS)
 
 
 @functools.cache
@@ -75,36 +136,54 @@ def _levels(quant_type: str, device: torch.device) -> Tensor:
     return codebooks.levels(quant_type, "cuda").to(device)
 
 
-def fill_weight_(block, weight) -> Tensor:
-    size, K = weight.block_size, block.shape[1]
-    if K % size:
-        # Blocks straddle rows: dequantize in one piece, then copy.
-        return _dispatching_fill_weight_.__wrapped__(block, weight)
-    num_blocks = weight.absmax.numel()
+def _fits(parts) -> bool:
+    """Whether one launch can serve the parts: up to three 4-bit weights of one kind, whole rows."""
+    first = parts[0].weight
+    if len(parts) > 3 or any(isinstance(part.weight, Tensor) for part in parts):
+        return False
+    kind = (first.block_size, first.quant_type, first.nested_absmax is None)
+    return first.shape[1] % first.block_size == 0 and all(
+        (p.weight.block_size, p.weight.quant_type, p.weight.nested_absmax is None) == kind
+        for p in parts
+    )
+
+
+def _pointers(part, absent) -> list[Tensor]:
+    weight = part.weight
     nested = weight.nested_absmax is not None
-    _fill_weight_kernel[(triton.cdiv(num_blocks, _BLOCKS * 64 // size),)](
-        weight.packed, weight.absmax,
-        weight.nested_absmax if nested else weight.absmax,
-        weight.nested_map if nested else weight.absmax,
-        weight.offset if nested else weight.absmax,
-        _levels(weight.quant_type, block.device), block, block.stride(0), K, num_blocks,
-        SIZE=size, NESTED=nested, BLOCKS=_BLOCKS * 64 // size, enable_fp_fusion=False,
-    )  # fmt: skip
-    return block
+    scales = (weight.nested_absmax, weight.nested_map, weight.offset) if nested else (absent,) * 3
+    adapter = (part.lora_A, part.lora_B) if part.lora_A is not None else (absent, absent)
+    return [weight.packed, weight.absmax, *scales, *adapter]
 
 
-def fill_border_(wide, lora_A, lora_B, scaling, *, rows, column, inputs, outputs) -> Tensor:
-    row, count = rows
-    width = wide.shape[1] - inputs
-    rank = 0 if lora_A is None else lora_A.shape[0]
-    source = wide if lora_B is None else lora_B.detach()
-    _border_right_kernel[(triton.cdiv(count, 64),)](
-        wide, source, wide.stride(0), row, count, inputs, column, rank,
-        WIDTH=max(triton.next_power_of_2(width), 16), ROWS=64, width=width,
+def assemble_(wide, parts) -> Tensor:
+    if not _fits(parts):
+        return _dispatching_assemble_.__wrapped__(wide, parts)
+    first = parts[0].weight
+    levels = _levels(first.quant_type, wide.device)
+    pointers, outputs, scalings, ranks = [], [], [], []
+    for part in parts:
+        pointers += _pointers(part, levels)
+        outputs.append(part.weight.shape[0])
+        scalings.append(part.scaling)
+        ranks.append(0 if part.lora_A is None else part.lora_A.shape[0])
+    for _ in range(3 - len(parts)):
+        pointers += _pointers(parts[0], levels)
+        outputs.append(0)
+        scalings.append(1.0)
+        ranks.append(0)
+    K = first.shape[1]
+    width = wide.shape[1] - K
+    blocks = _ELEMENTS // first.block_size
+    grid = sum(triton.cdiv(n * (K // first.block_size), blocks) for n in outputs)
+    if width:
+        grid += sum(triton.cdiv(n, _RIGHT_ROWS) for n in outputs)
+        grid += width * triton.cdiv(K, _BELOW_COLUMNS)
+    _assemble_kernel[(grid,)](
+        *pointers, levels, wide, wide.stride(0), K, *outputs, *scalings,
+        R0=ranks[0], R1=ranks[1], R2=ranks[2],
+        WIDTH=width, BLOCK_WIDTH=max(triton.next_power_of_2(width), 16),
+        SIZE=first.block_size, NESTED=first.nested_absmax is not None, BLOCKS=blocks,
+        ROWS=_RIGHT_ROWS, COLUMNS=_BELOW_COLUMNS, enable_fp_fusion=False,
     )  # fmt: skip
-    if rank:
-        _border_below_kernel[(rank, triton.cdiv(inputs, 1024))](
-            wide, lora_A.detach(), wide.stride(0), outputs + column - inputs, inputs, scaling,
-            BLOCK=1024,
-        )  # fmt: skip
     return wide

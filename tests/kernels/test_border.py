@@ -1,0 +1,33 @@
+import pytest
+import torch
+
+from halfbyte.kernels import border
+
+
+def test_rows_that_already_have_room_are_not_copied():
+    wide = torch.randn(4, 11)
+    x = wide[:, :8]
+    result = border.with_border(x, 3)
+    assert result.shape == (4, 11)
+    assert result.data_ptr() == wide.data_ptr()
+
+
+@pytest.mark.parametrize(
+    "x",
+    [torch.randn(4, 8), torch.randn(8, 4).t(), torch.randn(4, 10)[:, :8], torch.randn(43)[:40]],
+)
+def test_other_rows_are_copied(x):
+    x = x.view(5, 8) if x.dim() == 1 else x
+    result = border.with_border(x, 3)
+    assert result.shape == (x.shape[0], 11)
+    assert result.data_ptr() != x.data_ptr()
+    assert torch.equal(result[:, :8], x)
+    assert border.with_border(x, 0) is x
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (3, 63), (2, 5000), (0, 8)])
+def test_triton_twin_copies(shape, triton_device):
+    twin = pytest.importorskip("halfbyte.kernels.border_triton")
+    x = torch.randn(shape, device=triton_device)
+    for source in (x, torch.randn(shape[::-1], device=triton_device).t()):
+        assert torch.equal(twin.copy_with_border(source, 8)[:, : shape[1]], source)
