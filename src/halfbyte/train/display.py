@@ -57,24 +57,27 @@ def duration(seconds: float) -> str:
 
 
 class _Pace:
-    """Tokens a second and time left, over the last steps."""
+    """Tokens a second and time left, over the last steps (or windows of steps)."""
 
     def __init__(self) -> None:
-        self._steps: deque[StepFinished] = deque(maxlen=_RATE_WINDOW)
-        self._step = 0
+        self._last_step = 0
+        self._recent: deque[tuple[int, int, float]] = deque(maxlen=_RATE_WINDOW)
+
+    def start(self, event: TrainingStarted) -> None:
+        self._last_step = event.first_step
 
     def add(self, event: StepFinished) -> None:
-        self._steps.append(event)
+        self._recent.append((event.step - self._last_step, event.tokens, event.seconds))
+        self._last_step = event.step
+        self._steps_left = event.total_steps - event.step
 
     def tokens_per_second(self) -> float:
-        seconds = sum(event.seconds for event in self._steps)
-        return sum(event.tokens for event in self._steps) / seconds if seconds > 0 else 0.0
+        seconds = sum(seconds for _, _, seconds in self._recent)
+        return sum(tokens for _, tokens, _ in self._recent) / seconds if seconds > 0 else 0.0
 
     def seconds_left(self) -> float:
-        first, last = self._steps[0], self._steps[-1]
-        first_length = 1 if len(self._steps) == 1 else self._steps[1].step - first.step
-        steps = last.step - first.step + first_length
-        return sum(e.seconds for e in self._steps) / steps * (last.total_steps - last.step)
+        steps = sum(steps for steps, _, _ in self._recent)
+        return self._steps_left * sum(seconds for _, _, seconds in self._recent) / steps
 
 
 def _event_line(event: Event) -> str | None:
@@ -104,6 +107,11 @@ def _event_line(event: Event) -> str | None:
     return None
 
 
+def _show_data(console: Console, event: TrainingStarted) -> None:
+    if event.data is not None:
+        console.print(event.data)
+
+
 class PlainLog:
     """One line an event, for logs and pipes."""
 
@@ -113,6 +121,9 @@ class PlainLog:
 
     def __call__(self, event: Event) -> None:
         """Write the event's line."""
+        if isinstance(event, TrainingStarted):
+            self._pace.start(event)
+            _show_data(self._console, event)
         if isinstance(event, StepFinished):
             self._pace.add(event)
             line = (
@@ -148,6 +159,8 @@ class LiveDisplay:
         """Take the event in and draw."""
         line = _event_line(event)
         if isinstance(event, TrainingStarted):
+            self._pace.start(event)
+            _show_data(self._console, event)
             self._task = self._progress.add_task(
                 "", total=event.total_steps, completed=event.first_step, left="?"
             )
