@@ -56,6 +56,17 @@ def _error(actual, expected):
     return ((actual.double() - expected.double()).norm() / expected.double().norm()).item()
 
 
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_layers_agree_until_one_differs(attention):
+    model = _model()
+    body = model.get_base_model().model
+    body.config._attn_implementation = attention
+    fused = FusedBody(body)
+    assert fused.agrees()
+    fused.layers[1].post_norm = fused.layers[1].post_norm * 1.2
+    assert not fused.agrees()
+
+
 @pytest.mark.parametrize("memory", ["fast", "lean", 40_000])
 @pytest.mark.parametrize("kind", CONFIGS)
 def test_hidden_states_and_all_gradients_equal_transformers(kind, memory):

@@ -23,7 +23,7 @@ ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh"
 class FusedLayer:
     """The Llama shape of a decoder layer: pre-norm attention, pre-norm gated MLP.
 
-    It holds the layer's tensors as they are now: after `set_adapter` or `.to(device)` make a new one.
+    It holds the layer's tensors as they are now; after `set_adapter` or `.to(device)` make another.
 
     Args:
         layer: The transformers layer.
@@ -32,6 +32,7 @@ class FusedLayer:
 
     def __init__(self, layer: Any, config: Any) -> None:
         attn, mlp = layer.self_attn, layer.mlp
+        self.layer = layer
         self.qkv = _siblings(attn.q_proj, attn.k_proj, attn.v_proj)
         self.out = OutWeights(
             o=_siblings(attn.o_proj),

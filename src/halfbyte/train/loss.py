@@ -9,6 +9,7 @@ looked up by name: one forward pass of a few tokens must give the same logits bo
 Shapes: B rows, S positions, N = B * S, h hidden size, V vocabulary.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,9 +20,13 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from halfbyte.data.loader import Batch
+from halfbyte.engine.body import FusedBody, obstacle
+from halfbyte.engine.packed import merge, pack
 from halfbyte.kernels.cross_entropy import linear_cross_entropy
 
 IGNORE_INDEX = -100
+# Several of these fill an 80 GB card; the policy recomputes where they do not fit.
+_TOKENS_AT_ONCE = 8192
 _PROBE_TOKENS = 8
 _PROBE_TOLERANCE = (
     0.02  # of the largest logit; two roundings of bf16 stay below, a forgotten scale does not
@@ -52,12 +57,20 @@ class LanguageModel:
     """
 
     model: nn.Module
-    body: nn.Module | None = None
+    body: nn.Module | FusedBody | None = None
     head: _Head | None = None
 
     @classmethod
-    def of(cls, model: nn.Module) -> "LanguageModel":
-        """Take `model` apart if one small forward pass proves that the parts give its logits."""
+    def of(cls, model: nn.Module, *, memory: str | int = "auto") -> "LanguageModel":
+        """Take `model` apart if one small forward pass proves that the parts give its logits.
+
+        On a GPU the body runs fused where it has the shape for it.
+
+        Args:
+            model: A causal language model, adapted or not.
+            memory: What the fused body spends on saved activations: "auto", "lean", "fast" or a
+                number of bytes.
+        """
         causal = model.get_base_model() if isinstance(model, PeftModel) else model
         if not isinstance(causal, PreTrainedModel):
             return cls(model)
@@ -67,14 +80,39 @@ class LanguageModel:
         if body is None or body is causal or type(linear) is not nn.Linear:
             return cls(model)
         head = _Head(linear, _logit_scale(causal.config), _softcap(causal.config))
-        return cls(model, body, head) if _proves(causal, body, head) else cls(model)
+        if not _proves(causal, body, head):
+            return cls(model)
+        if linear.weight.is_cuda and obstacle(body) is None:
+            fused = FusedBody(body, memory=memory)
+            if fused.agrees():
+                return cls(model, fused, head)
+        return cls(model, body, head)
 
-    def loss_sum(self, batch: Batch) -> Tensor:
+    @property
+    def is_fused(self) -> bool:
+        """Whether the decoder layers run fused."""
+        return isinstance(self.body, FusedBody)
+
+    def micro_steps(self, batches: Sequence[Batch]) -> list[list[Batch]]:
+        """Return the micro-batches in the groups that go through the model together.
+
+        Fused, packed rows cost only their tokens, so short micro-batches are put together; the
+        loss is a sum over tokens and does not change.
+        """
+        if not self.is_fused:
+            return [[batch] for batch in batches]
+        return merge(batches, max(_TOKENS_AT_ONCE, *(batch.num_tokens for batch in batches)))
+
+    def loss_sum(self, *batches: Batch) -> Tensor:
         """Return the summed loss of the supervised tokens: float32 scalar, on the last device.
 
         Args:
-            batch: Token ids and unshifted labels [B, S]; it may lie on the CPU.
+            batches: Token ids and unshifted labels [B, S] on the CPU: one micro-batch, or several
+                where `micro_steps` put them together.
         """
+        if isinstance(self.body, FusedBody) and self.head is not None:
+            return self._packed_loss(self.body, self.head, batches)
+        (batch,) = batches
         inputs = _inputs(batch, self.model.get_input_embeddings().weight.device)  # type: ignore[operator]
         labels = F.pad(batch.labels, (0, 1), value=IGNORE_INDEX)[:, 1:].reshape(
             -1
@@ -93,6 +131,19 @@ class LanguageModel:
             softcap=self.head.softcap,
         )
 
+    def _packed_loss(self, body: FusedBody, head: _Head, batches: Sequence[Batch]) -> Tensor:
+        packed = pack(batches).to(head.linear.weight.device)
+        hidden = body(packed.input_ids, packed.position_ids, packed.layout)[0].flatten(0, 1)
+        return linear_cross_entropy(
+            hidden.index_select(0, packed.rows),
+            head.linear.weight,
+            packed.labels,
+            bias=head.linear.bias,
+            logit_scale=head.logit_scale,
+            softcap=head.softcap,
+            all_labelled=True,
+        )
+
 
 def _inputs(batch: Batch, device: torch.device) -> dict[str, Tensor]:
     """Return the model's arguments, on `device`, without a mask where none is needed.
@@ -109,9 +160,8 @@ def _inputs(batch: Batch, device: torch.device) -> dict[str, Tensor]:
         inputs |= {"attention_mask": batch.attention_mask, "position_ids": batch.position_ids}
     if device.type == "cuda":
         inputs = {
-            name: tensor.pin_memory()
+            name: tensor if tensor.is_cuda else tensor.pin_memory()
             for name, tensor in inputs.items()
-            if tensor.device.type == "cpu"
         }
     return {name: tensor.to(device, non_blocking=True) for name, tensor in inputs.items()}
 
@@ -136,16 +186,12 @@ def _proves(causal: PreTrainedModel, body: nn.Module, head: _Head) -> bool:
     """Whether `head` on `body` gives the logits of `causal` on a few tokens."""
     embedding: Tensor = causal.get_input_embeddings().weight  # type: ignore[assignment]
     ids = torch.arange(_PROBE_TOKENS, device=embedding.device).unsqueeze(0) % embedding.shape[0]
-    captured: list[Tensor] = []
-    hook = body.register_forward_hook(lambda _module, _args, output: captured.append(output[0]))
     was_training = causal.training
     causal.eval()
     try:
         expected = causal(input_ids=ids, use_cache=False).logits.float()
+        actual = head.logits(body(input_ids=ids, use_cache=False)[0])
     finally:
-        hook.remove()
         causal.train(was_training)
-    if len(captured) != 1:
-        return False
-    error = (head.logits(captured[0]) - expected).abs().max()
+    error = (actual - expected).abs().max()
     return bool(error <= _PROBE_TOLERANCE * expected.abs().max())

@@ -65,16 +65,17 @@ def train_step(
     supervised = sum(batch.num_supervised for batch in batches)
     optimizer.zero_grad()
     losses = []
-    for micro_step, batch in enumerate(batches):
+    groups = model.micro_steps(batches)
+    for micro_step, group in enumerate(groups):
         seed_micro_step(seed, step, micro_step)
-        loss = model.loss_sum(batch) / max(supervised, 1)
+        loss = model.loss_sum(*group) / max(supervised, 1)
         loss.backward()
         losses.append(loss.detach())
     norm = optimizer.grad_norm()
     *values, grad_norm = torch.stack(
         [*(loss.to(norm.device) for loss in losses), norm]
     ).tolist()  # the only sync
-    _check_finite(values, grad_norm, batches, step)
+    _check_finite(values, grad_norm, groups, step)
     optimizer.step(learning_rate, grad_scale=_clip(grad_norm, max_grad_norm))
     return StepResult(
         sum(values), grad_norm, supervised, sum(batch.num_tokens for batch in batches)
@@ -86,7 +87,7 @@ def _clip(grad_norm: float, max_grad_norm: float) -> float:
 
 
 def _check_finite(
-    losses: Sequence[float], grad_norm: float, batches: Sequence[Batch], step: int
+    losses: Sequence[float], grad_norm: float, groups: Sequence[Sequence[Batch]], step: int
 ) -> None:
     if all(map(math.isfinite, losses)) and math.isfinite(grad_norm):
         return
@@ -94,8 +95,9 @@ def _check_finite(
     if bad is None:
         what = f"the gradient norm is {grad_norm}"
     else:
-        rows, length = batches[bad].input_ids.shape
-        where = f"micro-batch {bad + 1} of {len(batches)} ({rows} x {length} tokens)"
+        rows = sum(batch.input_ids.shape[0] for batch in groups[bad])
+        tokens = sum(batch.num_tokens for batch in groups[bad])
+        where = f"micro-step {bad + 1} of {len(groups)} ({rows} rows, {tokens} tokens)"
         what = f"the loss of {where} is {losses[bad]}"
     raise TrainingError(
         f"step {step + 1}: {what}; nothing was updated or saved",
