@@ -10,7 +10,7 @@ from typing import Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from halfbyte.errors import ConfigError
-from halfbyte.optim.adamw import OPTIMIZERS
+from halfbyte.optim.names import OPTIMIZERS
 from halfbyte.optim.schedule import SCHEDULES
 
 When = Literal["no", "steps", "epoch"]
@@ -74,6 +74,8 @@ class TrainConfig(BaseModel):
     max_grad_norm: float = Field(default=1.0, ge=0)
     """Longer gradients are scaled down to this norm; 0 means never."""
 
+    memory: Literal["auto", "lean", "fast"] = "auto"
+    """On a GPU: spend what is free on saved activations, the least, or save all of them."""
     gradient_checkpointing: bool = False
     """Recompute each layer in the backward pass: less memory, about a third more time."""
     gradient_checkpointing_kwargs: dict[str, Any] | None = None

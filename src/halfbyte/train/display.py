@@ -85,8 +85,12 @@ def _event_line(event: Event) -> str | None:
     if isinstance(event, TrainingStarted):
         share = event.trainable_parameters / max(event.total_parameters, 1)
         resumed = f", resumed after step {event.first_step}" if event.first_step else ""
+        tokens = ""
+        if event.data is not None:
+            train = event.data.train
+            tokens = f", {train.total_tokens:,} tokens ({train.supervised_tokens:,} learned)"
         return (
-            f"{event.train_rows:,} rows, {event.total_steps:,} steps{resumed}; "
+            f"{event.train_rows:,} rows{tokens}, {event.total_steps:,} steps{resumed}; "
             f"{event.trainable_parameters:,} trainable parameters ({share:.2%})"
         )
     if isinstance(event, Evaluated):
@@ -107,11 +111,6 @@ def _event_line(event: Event) -> str | None:
     return None
 
 
-def _show_data(console: Console, event: TrainingStarted) -> None:
-    if event.data is not None:
-        console.print(event.data)
-
-
 class PlainLog:
     """One line an event, for logs and pipes."""
 
@@ -123,7 +122,6 @@ class PlainLog:
         """Write the event's line."""
         if isinstance(event, TrainingStarted):
             self._pace.start(event)
-            _show_data(self._console, event)
         if isinstance(event, StepFinished):
             self._pace.add(event)
             line = (
@@ -160,7 +158,6 @@ class LiveDisplay:
         line = _event_line(event)
         if isinstance(event, TrainingStarted):
             self._pace.start(event)
-            _show_data(self._console, event)
             self._task = self._progress.add_task(
                 "", total=event.total_steps, completed=event.first_step, left="?"
             )

@@ -121,7 +121,8 @@ class LanguageModel:
             logits = self.model(**inputs, use_cache=False).logits.flatten(0, 1).float()
             labels = labels.to(logits.device, non_blocking=True)
             return F.cross_entropy(logits, labels, ignore_index=IGNORE_INDEX, reduction="sum")
-        hidden = self.body(**inputs, use_cache=False)[0].flatten(0, 1)
+        body: Any = self.body
+        hidden: Tensor = body(**inputs, use_cache=False)[0].flatten(0, 1)
         return linear_cross_entropy(
             hidden,
             self.head.linear.weight,

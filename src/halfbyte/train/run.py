@@ -10,7 +10,8 @@ from peft import PeftModel
 
 from halfbyte.data.loader import BatchPlan
 from halfbyte.memory.activations import checkpoint_activations
-from halfbyte.optim.adamw import OPTIMIZERS, AdamW
+from halfbyte.optim.adamw import AdamW
+from halfbyte.optim.names import OPTIMIZERS
 from halfbyte.train.config import TrainConfig, When, steps_between
 from halfbyte.train.directory import METRICS_FILE
 from halfbyte.train.display import make_display
@@ -109,7 +110,9 @@ def assemble(
     state_bits, paged = OPTIMIZERS[config.optim]
     return Run(
         model=model,
-        parts=LanguageModel.of(model),
+        parts=LanguageModel.of(
+            model, memory="lean" if config.gradient_checkpointing else config.memory
+        ),
         tokenizer=tokenizer,
         config=config,
         inputs=inputs,

@@ -20,8 +20,7 @@ from peft import PeftModel
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from halfbyte.adapters.io import write_adapter
-from halfbyte.adapters.state import set_adapter_tensors
+from halfbyte.adapters.io import restore_adapter, write_adapter
 from halfbyte.checkpoint.publish import publish, verify
 from halfbyte.errors import CheckpointError
 from halfbyte.optim.adamw import AdamW
@@ -31,7 +30,6 @@ from halfbyte.train.step import StepResult
 STATE_VERSION = 1
 _STATE_FILE = "state.json"
 _OPTIMIZER_FILE = "optimizer.safetensors"
-_ADAPTER_FILE = "adapter_model.safetensors"
 
 
 @dataclass(frozen=True)
@@ -153,5 +151,5 @@ def load_checkpoint(saved: SavedState, model: PeftModel, optimizer: AdamW) -> No
         CheckpointError: the optimizer's state does not fit.
         AdapterError: the adapter does not fit the model.
     """
-    set_adapter_tensors(model, load_file(saved.path / _ADAPTER_FILE), model.active_adapter)
+    restore_adapter(model, saved.path, adapter=model.active_adapter)
     optimizer.load_state_dict(load_file(saved.path / _OPTIMIZER_FILE))
