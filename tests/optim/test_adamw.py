@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from halfbyte.errors import CheckpointError, ConfigError
-from halfbyte.optim.adamw import OPTIMIZERS, AdamW
+from halfbyte.optim.adamw import AdamW
 
 
 class Toy(nn.Module):
@@ -144,16 +144,3 @@ def test_nothing_to_train_says_to_add_adapters():
 def test_wrong_number_of_bits_is_refused():
     with pytest.raises(ConfigError, match="32 or 8, got 4"):
         AdamW(Toy().named_parameters(), state_bits=4)
-
-
-def test_usual_names_are_known():
-    names = {
-        "adamw",
-        "adamw_torch",
-        "adamw_32bit",
-        "adamw_8bit",
-        "paged_adamw_32bit",
-        "paged_adamw_8bit",
-    }
-    assert names <= OPTIMIZERS.keys()
-    assert OPTIMIZERS["paged_adamw_8bit"] == (8, True)

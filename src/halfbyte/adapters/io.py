@@ -111,6 +111,15 @@ def load_adapter(
     return adapted if trainable else adapted.eval()
 
 
+def restore_adapter(model: PeftModel, folder: str | Path, *, adapter: str = "default") -> None:
+    """Put saved values into an adapter that the model has already, as resuming a run does.
+
+    Raises:
+        AdapterError: the files are damaged, or are not of an adapter like the model's.
+    """
+    _set_tensors(model, files.read_adapter_files(folder), adapter)
+
+
 def _tensors(model: PeftModel, adapter: str) -> dict[str, Tensor]:
     """Return the adapter's tensors under peft's names, contiguous, on the CPU, sharing nothing."""
     state = get_peft_model_state_dict(

@@ -18,19 +18,6 @@ from halfbyte.errors import CheckpointError, ConfigError
 from halfbyte.kernels.adamw import adamw8bit_step_, adamw_step_
 from halfbyte.optim.flat import ALIGNMENT, FlatParameters, Slot
 
-# Name, as in transformers' `optim`: bits of state, whether the state is paged.
-OPTIMIZERS: dict[str, tuple[int, bool]] = {
-    "adamw": (32, False),
-    "adamw_torch": (32, False),
-    "adamw_torch_fused": (32, False),
-    "adamw_32bit": (32, False),
-    "adamw_8bit": (8, False),
-    "adamw_bnb_8bit": (8, False),
-    "paged_adamw": (32, True),
-    "paged_adamw_32bit": (32, True),
-    "paged_adamw_8bit": (8, True),
-}
-
 
 class _Moments:
     """Both moments of one device's parameters, flat, in 32 or 8 bits."""
