@@ -78,28 +78,53 @@ def batch(rows: int, length: int, vocabulary: int) -> Batch:
     )
 
 
-def measure(model, optimizer, memory: str, rows: int, length: int, steps: int) -> dict:
+def padded(lengths: list[int], vocabulary: int) -> Batch:
+    """Return examples of these lengths as one padded micro-batch."""
+    mask = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
+    ids = torch.randint(0, vocabulary, mask.shape)
+    return Batch(
+        input_ids=ids,
+        labels=torch.where(mask, ids, -100),
+        position_ids=torch.arange(max(lengths)).expand(mask.shape),
+        attention_mask=mask.long(),
+        num_supervised=sum(lengths) - len(lengths),
+        num_tokens=sum(lengths),
+    )
+
+
+def batches_of(case: str, lengths: list[int], vocabulary: int, step: int) -> list[Batch]:
+    """Return a step's micro-batches: `RxL` is R whole rows of L, `lengths` 4 x 2 short ones."""
+    if case != "lengths":
+        rows, length = map(int, case.split("x"))
+        return [batch(rows, length, vocabulary)]
+    chosen = [lengths[(8 * step + i) % len(lengths)] for i in range(8)]
+    return [padded(chosen[i : i + 2], vocabulary) for i in range(0, 8, 2)]
+
+
+def measure(model, optimizer, memory: str, case: str, steps: int, lengths: list[int]) -> dict:
     device = model.get_input_embeddings().weight.device
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     language_model = LanguageModel.of(model, memory=int(memory) if memory.isdigit() else memory)
-    times, losses = [], []
+    times, losses, tokens = [], [], []
     for step in range(steps + 2):
-        data = batch(rows, length, model.config.vocab_size)
+        data = batches_of(case, lengths, model.config.vocab_size, step)
         torch.cuda.synchronize(device)
         start = time.perf_counter()
         result = train_step(
-            language_model, optimizer, [data], step=step, learning_rate=1e-4, max_grad_norm=1.0,
+            language_model, optimizer, data, step=step, learning_rate=1e-4, max_grad_norm=1.0,
             seed=0,
         )  # fmt: skip
         torch.cuda.synchronize(device)
         times.append(time.perf_counter() - start)
         losses.append(result.loss)
+        tokens.append(result.tokens)
     seconds = statistics.median(times[2:])
     return {
-        "case": f"{rows}x{length}",
+        "case": case,
         "memory": memory,
-        "tokens_per_second": round(rows * length / seconds),
+        "fused": language_model.is_fused,
+        "tokens_per_second": round(sum(tokens[2:]) / sum(times[2:])),
         "step_ms": round(seconds * 1e3, 2),
         "first_step_s": round(times[0], 2),
         "peak_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2),
@@ -107,13 +132,13 @@ def measure(model, optimizer, memory: str, rows: int, length: int, steps: int) -
     }
 
 
-def profile(model, optimizer, memory: str, rows: int, length: int) -> str:
+def profile(model, optimizer, memory: str, case: str, lengths: list[int]) -> str:
     language_model = LanguageModel.of(model, memory=memory)
 
     def one(step: int) -> None:
-        data = batch(rows, length, model.config.vocab_size)
+        data = batches_of(case, lengths, model.config.vocab_size, step)
         train_step(
-            language_model, optimizer, [data], step=step, learning_rate=1e-4, max_grad_norm=1.0,
+            language_model, optimizer, data, step=step, learning_rate=1e-4, max_grad_norm=1.0,
             seed=0,
         )  # fmt: skip
 
@@ -124,7 +149,7 @@ def profile(model, optimizer, memory: str, rows: int, length: int) -> str:
         one(1)
         torch.cuda.synchronize()
     return trace.key_averages().table(
-        sort_by="self_cuda_time_total", row_limit=30, max_name_column_width=80
+        sort_by="self_cuda_time_total", row_limit=45, max_name_column_width=100
     )
 
 
@@ -136,6 +161,7 @@ def main() -> None:
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--dropout", type=float, default=0.0)
     parser.add_argument("--steps", type=int, default=6)
+    parser.add_argument("--lengths", type=Path, help="JSON list of lengths, for --shapes lengths")
     parser.add_argument("--profile", type=Path, help="write kernel tables into this folder")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
@@ -147,18 +173,18 @@ def main() -> None:
     model.train()
     optimizer = AdamW([(n, p) for n, p in model.named_parameters() if p.requires_grad], lr=1e-4)
     results = []
+    lengths = json.loads(args.lengths.read_text()) if args.lengths else []
     for shape in args.shapes.split(","):
-        rows, length = map(int, shape.split("x"))
         for memory in args.memory.split(","):
             try:
-                result = measure(model, optimizer, memory, rows, length, args.steps)
+                result = measure(model, optimizer, memory, shape, args.steps, lengths)
             except torch.OutOfMemoryError as error:
                 result = {"case": shape, "memory": memory, "error": str(error)[:200]}
             results.append(result)
             print(json.dumps(result), flush=True)
             if args.profile and "error" not in result:
                 args.profile.mkdir(parents=True, exist_ok=True)
-                table = profile(model, optimizer, memory, rows, length)
+                table = profile(model, optimizer, memory, shape, lengths)
                 (args.profile / f"profile_{shape}_{memory}.txt").write_text(table)
     if args.out:
         machine = {
