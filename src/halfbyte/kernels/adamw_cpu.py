@@ -1,4 +1,4 @@
-"""AdamW with eight-bit moments on a CPU: one pass of `blockwise.c` where there is a compiler."""
+"""AdamW with eight-bit moments on a CPU: one pass of `cpu_loops.c` where there is a compiler."""
 
 import ctypes
 import inspect
@@ -10,7 +10,7 @@ from halfbyte.kernels import adamw, codebooks, native
 
 
 class _Settings(ctypes.Structure):
-    """`struct adamw8` of `blockwise.c`."""
+    """`struct adamw8` of `cpu_loops.c`."""
 
     _fields_ = [
         (name, ctypes.c_float)

@@ -7,19 +7,21 @@ to scale, and memory holds one chunk of logits, however long the batch. The idea
 fused linear cross-entropy (arXiv 2410.10989).
 """
 
+import dataclasses
 from typing import Any
 
 import torch
 from torch.utils.checkpoint import checkpoint
 
 from halfbyte.errors import DataError
+from halfbyte.kernels.softmax_loss import softmax_loss_
 
 IGNORE_INDEX = -100
 
-# Float32 logits held at once.
+# Logits held at once, in the dtype of the head.
 _CHUNK_BYTES = 32 * 2**20
 # On a GPU the head is read once a chunk: with fewer rows memory would bound the matrix products.
-_MIN_CHUNK_ROWS_CUDA = 512
+_MIN_CHUNK_ROWS_CUDA = 1024
 
 
 def linear_cross_entropy(
@@ -31,6 +33,7 @@ def linear_cross_entropy(
     chunk_rows: int | None = None,
     logit_scale: float = 1.0,
     softcap: float | None = None,
+    all_labelled: bool = False,
 ) -> torch.Tensor:
     """Return the sum over rows of -log softmax(z)[label], z = softcap(logit_scale * (h W^T + b)).
 
@@ -43,6 +46,7 @@ def linear_cross_entropy(
         chunk_rows: Rows of logits at a time; None takes a few tens of MB.
         logit_scale: Factor of the logits (Cohere's `logit_scale`, 1 / Granite's `logits_scaling`).
         softcap: Gemma 2's cap c: z becomes c * tanh(z / c).
+        all_labelled: No label is -100. Who knows that spares a GPU the wait for their number.
 
     Returns:
         float32 scalar; 0, with gradients of zeros, where no row has a label.
@@ -50,121 +54,92 @@ def linear_cross_entropy(
     Raises:
         DataError: A label is neither -100 nor in [0, V); checked on the CPU, CUDA asserts itself.
     """
-    rows = (labels != IGNORE_INDEX).nonzero().squeeze(1)
-    if rows.numel() < labels.numel():
-        hidden, labels = hidden.index_select(0, rows), labels.index_select(0, rows)
+    if not all_labelled:
+        rows = (labels != IGNORE_INDEX).nonzero().squeeze(1)
+        if rows.numel() < labels.numel():
+            hidden, labels = hidden.index_select(0, rows), labels.index_select(0, rows)
     if labels.numel() == 0:
         return hidden.float().sum() + weight[:0].float().sum()
     _check_labels(labels, weight.shape[0])
-    rows_at_once = chunk_rows or _default_chunk_rows(weight)
-    head = _Head(logit_scale, softcap)
-    needs_grad = torch.is_grad_enabled()
-    if needs_grad and (weight.requires_grad or (bias is not None and bias.requires_grad)):
-        return _recomputed(hidden, weight, labels, bias, head, rows_at_once)
-    if needs_grad and hidden.requires_grad:
-        return _LinearCrossEntropy.apply(hidden, weight, labels, bias, head, rows_at_once)
-    return _forward(hidden, weight, labels, bias, head, rows_at_once, None)
+    head = _Head(weight, bias, logit_scale, softcap, chunk_rows or _default_chunk_rows(weight))
+    if not torch.is_grad_enabled():
+        return head.loss(hidden, labels, None)
+    if weight.requires_grad or (bias is not None and bias.requires_grad):
+        return head.recomputed_loss(hidden, labels)
+    if hidden.requires_grad:
+        return _LinearCrossEntropy.apply(hidden, labels, head)
+    return head.loss(hidden, labels, None)
 
 
+@dataclasses.dataclass(frozen=True)
 class _Head:
-    """What happens to the logits after the matrix product."""
+    """The frozen part of the computation: the matrix, and what happens to the logits after it."""
 
-    def __init__(self, logit_scale: float, softcap: float | None) -> None:
-        self.logit_scale = logit_scale
-        self.softcap = softcap
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+    logit_scale: float
+    softcap: float | None
+    chunk_rows: int
 
-    def logits(
-        self, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
+    def loss(
+        self, hidden: torch.Tensor, labels: torch.Tensor, grad_hidden: torch.Tensor | None
     ) -> torch.Tensor:
-        """Return the float32 logits [n, V] of hidden [n, h]."""
-        z = torch.nn.functional.linear(hidden, weight, bias).float()
-        if self.logit_scale != 1.0:
-            z = z * self.logit_scale
+        """Return the summed loss; write its gradient to `grad_hidden` where there is one."""
+        total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        for start in range(0, hidden.shape[0], self.chunk_rows):
+            chunk = slice(start, start + self.chunk_rows)
+            logits = hidden[chunk] @ self.weight.T
+            losses = softmax_loss_(
+                logits,
+                labels[chunk],
+                bias=self.bias,
+                logit_scale=self.logit_scale,
+                softcap=self.softcap,
+            )
+            total += losses.sum()
+            if grad_hidden is not None:
+                # The logits are their own gradient by now.
+                torch.mm(logits, self.weight, out=grad_hidden[chunk])
+        return total
+
+    def recomputed_loss(self, hidden: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """Return the summed loss, differentiable by the head too: chunks are made twice."""
+        total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        for start in range(0, hidden.shape[0], self.chunk_rows):
+            chunk = slice(start, start + self.chunk_rows)
+            total = total + checkpoint(
+                self._plain_loss, hidden[chunk], labels[chunk], use_reentrant=False
+            )
+        return total
+
+    def _plain_loss(self, hidden: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        z = torch.nn.functional.linear(hidden, self.weight).float()
+        if self.bias is not None:
+            z = z + self.bias
+        z = z * self.logit_scale
         if self.softcap is not None:
             z = torch.tanh(z / self.softcap) * self.softcap
-        return z
-
-    def slope(self, logits: torch.Tensor) -> torch.Tensor | float:
-        """Return the derivative of the logits by the matrix product's result."""
-        if self.softcap is None:
-            return self.logit_scale
-        return (1.0 - (logits / self.softcap).square_()).mul_(self.logit_scale)
-
-
-def _forward(
-    hidden: torch.Tensor,
-    weight: torch.Tensor,
-    labels: torch.Tensor,
-    bias: torch.Tensor | None,
-    head: _Head,
-    chunk_rows: int,
-    grad_hidden: torch.Tensor | None,
-) -> torch.Tensor:
-    """Return the loss; write its gradient to `grad_hidden` where there is one."""
-    loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
-    for start in range(0, hidden.shape[0], chunk_rows):
-        chunk = slice(start, start + chunk_rows)
-        target = labels[chunk, None]
-        logits = head.logits(hidden[chunk], weight, bias)
-        target_logits = logits.gather(1, target)
-        slope = 1.0 if grad_hidden is None else head.slope(logits)
-        log_sum = torch.logsumexp(logits, dim=1, keepdim=True)
-        loss += (log_sum - target_logits).sum()
-        if grad_hidden is not None:
-            probabilities = logits.sub_(log_sum).exp_()
-            probabilities.scatter_add_(1, target, torch.full_like(target_logits, -1.0))
-            if not isinstance(slope, float) or slope != 1.0:
-                probabilities.mul_(slope)
-            torch.mm(probabilities.to(weight.dtype), weight, out=grad_hidden[chunk])
-    return loss
+        return torch.nn.functional.cross_entropy(z, labels, reduction="sum")
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     """The head is frozen: the gradient of the hidden states is ready when the loss is."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        hidden: torch.Tensor,
-        weight: torch.Tensor,
-        labels: torch.Tensor,
-        bias: torch.Tensor | None,
-        head: _Head,
-        chunk_rows: int,
-    ) -> torch.Tensor:
+    def forward(ctx: Any, hidden: torch.Tensor, labels: torch.Tensor, head: _Head) -> torch.Tensor:
         grad_hidden = torch.empty_like(hidden)
-        loss = _forward(hidden, weight, labels, bias, head, chunk_rows, grad_hidden)
+        loss = head.loss(hidden, labels, grad_hidden)
         ctx.save_for_backward(grad_hidden)
         return loss
 
     @staticmethod
     def backward(ctx: Any, grad_loss: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (grad_hidden,) = ctx.saved_tensors
-        return grad_hidden * grad_loss.to(grad_hidden.dtype), None, None, None, None, None
-
-
-def _recomputed(
-    hidden: torch.Tensor,
-    weight: torch.Tensor,
-    labels: torch.Tensor,
-    bias: torch.Tensor | None,
-    head: _Head,
-    chunk_rows: int,
-) -> torch.Tensor:
-    """Return the loss with gradients for the head too: each chunk is made again in the backward."""
-
-    def chunk_loss(h: torch.Tensor, w: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        return torch.nn.functional.cross_entropy(head.logits(h, w, bias), y, reduction="sum")
-
-    loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
-    for start in range(0, hidden.shape[0], chunk_rows):
-        h, y = hidden[start : start + chunk_rows], labels[start : start + chunk_rows]
-        loss = loss + checkpoint(chunk_loss, h, weight, y, use_reentrant=False)
-    return loss
+        return grad_hidden * grad_loss.to(grad_hidden.dtype), None, None
 
 
 def _default_chunk_rows(weight: torch.Tensor) -> int:
-    rows = max(1, _CHUNK_BYTES // (4 * weight.shape[0]))
+    rows = max(1, _CHUNK_BYTES // (weight.element_size() * weight.shape[0]))
     return max(rows, _MIN_CHUNK_ROWS_CUDA) if weight.is_cuda else rows
 
 

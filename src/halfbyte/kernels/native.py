@@ -1,4 +1,4 @@
-"""Compile `blockwise.c` for this machine, once, and load it.
+"""Compile `cpu_loops.c` for this machine, once, and load it.
 
 The library goes to `~/.cache/halfbyte`, named by a hash of the source, the flags and the CPU, so
 a home directory that several machines share holds one for each. Where there is no C compiler
@@ -18,29 +18,34 @@ from pathlib import Path
 
 _log = logging.getLogger(__name__)
 
-_SOURCE = Path(__file__).with_name("blockwise.c")
+_SOURCE = Path(__file__).with_name("cpu_loops.c")
 _COMPILERS = ("cc", "gcc", "clang")
 # No contraction: a fused multiply-add rounds once where the reference rounds twice.
-_FLAGS = ("-O3", "-std=gnu11", "-ffp-contract=off", "-shared", "-fPIC")
-# The best that the compiler knows; the last needs nothing.
-_OPTIONS = (("-march=native", "-fopenmp"), ("-march=native",), ())
+_FLAGS = ("-O3", "-std=gnu11", "-ffp-contract=off", "-fopenmp-simd", "-shared", "-fPIC")
+# The best that the compiler knows, on AVX-512, elsewhere on x86 and ARM; the last needs nothing.
+_OPTIONS = (
+    ("-march=native", "-mprefer-vector-width=512", "-fopenmp"),
+    ("-march=native", "-fopenmp"),
+    ("-march=native",),
+    (),
+)
 _TIMEOUT_SECONDS = 120
 
 
 @functools.cache
 def library() -> ctypes.CDLL | None:
-    """Return the compiled loops, or None where they cannot be had (said in the debug log)."""
+    """Return the compiled loops, or None where they cannot be had (which the debug log says)."""
     compiler = next(filter(None, map(shutil.which, _COMPILERS)), None)
     if compiler is None:
-        _log.debug("no C compiler: blocks are quantized and dequantized by plain torch")
+        _log.debug("no C compiler: plain torch serves on the CPU")
         return None
     try:
-        path = cache_directory() / f"blockwise-{_fingerprint(compiler)}.so"
+        path = cache_directory() / f"cpu-loops-{_fingerprint(compiler)}.so"
         if not path.exists():
             compile_library(compiler, path)
         return _declare(ctypes.CDLL(str(path)))
     except (OSError, subprocess.SubprocessError) as error:
-        _log.debug("blockwise.c cannot be used, plain torch serves instead: %s", error)
+        _log.debug("cpu_loops.c cannot be used, plain torch serves instead: %s", error)
         return None
 
 
@@ -51,7 +56,7 @@ def cache_directory() -> Path:
 
 
 def compile_library(compiler: str, path: Path) -> None:
-    """Compile `blockwise.c` to `path`, which appears whole or not at all.
+    """Compile `cpu_loops.c` to `path`, which appears whole or not at all.
 
     Raises:
         subprocess.SubprocessError: No set of flags compiled.
@@ -85,13 +90,17 @@ def _fingerprint(compiler: str) -> str:
 
 
 def _declare(loaded: ctypes.CDLL) -> ctypes.CDLL:
-    """Tell ctypes the signatures in `blockwise.c`."""
+    """Tell ctypes the signatures in `cpu_loops.c`."""
     pointer, long, integer = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
     loaded.hb_dequantize.argtypes = [pointer] * 7 + [long, long, integer, integer]
     loaded.hb_quantize.argtypes = [
         *[pointer] * 3, ctypes.c_float, pointer, pointer, long, long, integer, integer,
     ]  # fmt: skip
     loaded.hb_adamw8.argtypes = [pointer] * 10 + [long, pointer, integer]
-    for function in (loaded.hb_dequantize, loaded.hb_quantize, loaded.hb_adamw8):
+    loaded.hb_softmax_loss.argtypes = [
+        *[pointer] * 3, long, long, ctypes.c_float, integer, integer,
+    ]  # fmt: skip
+    functions = (loaded.hb_dequantize, loaded.hb_quantize, loaded.hb_adamw8, loaded.hb_softmax_loss)
+    for function in functions:
         function.restype = None
     return loaded

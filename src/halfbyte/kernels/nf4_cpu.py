@@ -1,4 +1,4 @@
-"""Four-bit blocks on a CPU: the loops of `blockwise.c`, or plain torch where there is no compiler.
+"""Four-bit blocks on a CPU: the loops of `cpu_loops.c`, or plain torch where there is no compiler.
 
 Both ways give the same bits. [3072, 768] in bfloat16 on 2 cores of a Sapphire Rapids Xeon: see
 `benchmarks/kernels_cpu.py`.

@@ -1,8 +1,8 @@
-/* Four-bit blocks and eight-bit AdamW on a CPU: the loops that plain torch is slow at.
+/* The loops that plain torch is slow at on a CPU: four-bit blocks, eight-bit AdamW, softmax loss.
  *
- * native.py compiles this file on first use; nf4_cpu.py and adamw_cpu.py call it. It computes the
- * same bits as the plain-torch reference, so it must be built without -ffast-math and without
- * contraction into fused multiply-adds (-ffp-contract=off). Tables come from codebooks.py.
+ * native.py compiles this file on first use; the *_cpu.py modules call it. Four-bit blocks come out
+ * as the same bits as from the plain-torch reference, so it must be built without -ffast-math and
+ * without contraction into fused multiply-adds (-ffp-contract=off). Tables: codebooks.py.
  *
  * dtype: 0 float32, 1 bfloat16, 2 float16. Every block size is even and at most MAX_BLOCK.
  */
@@ -259,5 +259,73 @@ void hb_adamw8(float *param, const float *grad, uint8_t *exp_avg, uint8_t *exp_a
             code1[i] = (uint8_t)(index1[i] - (index1[i] == SIGNED_ZERO && m[i] < 0.0f));
             code2[i] = (uint8_t)index2[i];
         }
+    }
+}
+
+/* ---- softmax loss: each row's loss, and the gradient in the place of its logits ---- */
+
+/* exp(x) of x <= 0 to about 1e-7 of itself, 0 below -87: 2^n times a polynomial on [-ln2/2, ln2/2].
+ * Written so that compilers vectorize it; adding and taking away 1.5 * 2^23 rounds to an integer. */
+static inline float exp_of_negative(float x) {
+    const float to_integer = 12582912.0f;
+    float clamped = x < -87.0f ? -87.0f : x;
+    float n = (clamped * 1.44269504f + to_integer) - to_integer;
+    float r = clamped - n * 0.693359375f + n * 2.12194440e-4f;
+    float y = 1.9875691500e-4f;
+    y = y * r + 1.3981999507e-3f;
+    y = y * r + 8.3334519073e-3f;
+    y = y * r + 4.1665795894e-2f;
+    y = y * r + 1.6666665459e-1f;
+    y = y * r + 5.0000001201e-1f;
+    y = y * r * r + r + 1.0f;
+    float power = float_of((uint32_t)((int32_t)n + 127) << 23);
+    return x < -87.0f ? 0.0f : y * power;
+}
+
+static inline float logit_at(const void *row, int64_t i, int dtype) {
+    return dtype == FLOAT32 ? ((const float *)row)[i]
+                            : float_of((uint32_t)((const uint16_t *)row)[i] << 16);
+}
+
+static inline __attribute__((always_inline)) float softmax_loss_row(
+    void *row, int64_t columns, int64_t target, float scale, int dtype) {
+    float largest = -INFINITY, sum = 0.0f;
+#pragma omp simd reduction(max : largest)
+    for (int64_t i = 0; i < columns; i++) {
+        float z = logit_at(row, i, dtype) * scale;
+        largest = z > largest ? z : largest;
+    }
+#pragma omp simd reduction(+ : sum)
+    for (int64_t i = 0; i < columns; i++)
+        sum += exp_of_negative(logit_at(row, i, dtype) * scale - largest);
+    float inverse = 1.0f / sum;
+    float at_target = logit_at(row, target, dtype) * scale;
+    float target_grad = (exp_of_negative(at_target - largest) * inverse - 1.0f) * scale;
+#pragma omp simd
+    for (int64_t i = 0; i < columns; i++) {
+        float grad = exp_of_negative(logit_at(row, i, dtype) * scale - largest) * inverse * scale;
+        if (dtype == FLOAT32)
+            ((float *)row)[i] = grad;
+        else
+            ((uint16_t *)row)[i] = to_bfloat16(grad);
+    }
+    if (dtype == FLOAT32)
+        ((float *)row)[target] = target_grad;
+    else
+        ((uint16_t *)row)[target] = to_bfloat16(target_grad);
+    return logf(sum) + (largest - at_target);
+}
+
+/* dtype is FLOAT32 or BFLOAT16. */
+void hb_softmax_loss(void *logits, const int64_t *target, float *loss, int64_t rows,
+                     int64_t columns, float scale, int dtype, int threads) {
+#pragma omp parallel for schedule(static) num_threads(threads) if (rows * columns >= PARALLEL_FROM)
+    for (int64_t i = 0; i < rows; i++) {
+        float *wide = (float *)logits + i * columns;
+        uint16_t *narrow = (uint16_t *)logits + i * columns;
+        /* Two calls, so that dtype is a constant in each. */
+        loss[i] = dtype == FLOAT32
+                      ? softmax_loss_row(wide, columns, target[i], scale, FLOAT32)
+                      : softmax_loss_row(narrow, columns, target[i], scale, BFLOAT16);
     }
 }
