@@ -161,7 +161,7 @@ def _inputs(batch: Batch, device: torch.device) -> dict[str, Tensor]:
         inputs |= {"attention_mask": batch.attention_mask, "position_ids": batch.position_ids}
     if device.type == "cuda":
         inputs = {
-            name: tensor if tensor.is_cuda else tensor.pin_memory()
+            name: tensor if tensor.is_cuda else tensor.contiguous().pin_memory()
             for name, tensor in inputs.items()
         }
     return {name: tensor.to(device, non_blocking=True) for name, tensor in inputs.items()}
