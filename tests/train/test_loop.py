@@ -236,7 +236,7 @@ def test_nan_stops_the_run_and_poisons_nothing(make_lora, tokenizer, rows_of, se
             with torch.no_grad():
                 model.get_input_embeddings().weight.fill_(float("nan"))
 
-    with pytest.raises(TrainingError, match="step 4: the loss of micro-batch 1 of 2"):
+    with pytest.raises(TrainingError, match="step 4: the loss of micro-step 1 of 2"):
         train(model, tokenizer, rows_of(LENGTHS), settings(save_steps=2), listeners=[poison])
     out = tmp_path / "out"
     assert [path.name for path in out.glob("checkpoint-*")] == ["checkpoint-2"]

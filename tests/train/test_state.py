@@ -70,16 +70,33 @@ def run(make_lora, tokenizer, rows_of, tmp_path):
     return start
 
 
-@pytest.mark.parametrize("kill", range(2, STEPS + 1))
-def test_resumed_at_any_step_ends_with_the_same_bits(run, kill):
-    expected = adapter(run("whole"))
+@pytest.fixture(scope="module")
+def undisturbed():
+    """Adapters of whole runs, by their settings: several tests compare with the same one."""
+    return {}
+
+
+@pytest.fixture
+def whole(run, undisturbed):
+    def get(**options):
+        key = repr(sorted(options.items(), key=str))
+        if key not in undisturbed:
+            undisturbed[key] = adapter(run("whole", **options))
+        return undisturbed[key]
+
+    return get
+
+
+@pytest.mark.parametrize("kill", [2, 3, 4, 6, STEPS])
+def test_resumed_at_any_step_ends_with_the_same_bits(run, whole, kill):
+    expected = whole()
     run("cut", kill=kill)
     assert adapter(run("cut", resume_from_checkpoint="auto")) == expected
 
 
 @pytest.mark.parametrize("optim", ["paged_adamw_8bit", "adamw_32bit"])
-def test_resume_is_exact_with_other_optimizers(run, optim):
-    expected = adapter(run("whole", optim=optim))
+def test_resume_is_exact_with_other_optimizers(run, whole, optim):
+    expected = whole(optim=optim)
     run("cut", kill=4, optim=optim)
     assert adapter(run("cut", resume_from_checkpoint=True, optim=optim)) == expected
 
@@ -123,8 +140,8 @@ def test_metrics_are_those_of_one_run(run, tmp_path):
     assert [json.loads(line)["step"] for line in lines] == list(range(1, STEPS + 1))
 
 
-def test_evaluating_in_between_changes_nothing(run, rows_of, make_lora, tokenizer, tmp_path):
-    expected = adapter(run("without"))
+def test_evaluating_in_between_changes_nothing(run, whole, rows_of, make_lora, tokenizer, tmp_path):
+    expected = whole()
     config = settings(tmp_path / "with", eval_steps=1)
     model = make_lora(lora_dropout=0.2)
     train(model, tokenizer, rows_of(LENGTHS), config, eval_data=rows_of([9, 3], seed=5))
@@ -141,8 +158,8 @@ def test_deterministic_run_is_the_same_twice(run):
     assert adapter(run("a", deterministic=True)) == adapter(run("b", deterministic=True))
 
 
-def test_damaged_checkpoint_is_skipped_and_named(run):
-    expected = adapter(run("whole"))
+def test_damaged_checkpoint_is_skipped_and_named(run, whole):
+    expected = whole()
     out = run("cut", kill=5)
     newest = out / "checkpoint-4" / "optimizer.safetensors"
     content = bytearray(newest.read_bytes())
@@ -181,8 +198,8 @@ def test_checkpoint_of_a_newer_version_names_both(run):
         run("cut", resume_from_checkpoint=str(path.parent))
 
 
-def test_strange_neighbours_are_ignored(run):
-    expected = adapter(run("whole"))
+def test_strange_neighbours_are_ignored(run, whole):
+    expected = whole()
     out = run("cut", kill=4)
     (out / "checkpoint-10x").mkdir()
     (out / "checkpoint-99").write_text("a file")
@@ -244,8 +261,8 @@ def test_change_can_be_allowed_and_is_noted(run):
     assert "resumed with a change: settings.learning_rate was 0.01, is 0.02" in messages
 
 
-def test_settings_that_teach_nothing_may_change(run):
-    expected = adapter(run("whole"))
+def test_settings_that_teach_nothing_may_change(run, whole):
+    expected = whole()
     run("cut", kill=4)
     changed = {"logging_steps": 3, "save_steps": 3, "save_total_limit": 1}
     assert adapter(run("cut", resume_from_checkpoint="auto", **changed)) == expected
@@ -260,8 +277,8 @@ def test_finished_run_resumes_to_itself(run):
     assert events == []
 
 
-def test_nothing_to_resume_starts_from_the_beginning(run):
-    expected = adapter(run("whole"))
+def test_nothing_to_resume_starts_from_the_beginning(run, whole):
+    expected = whole()
     events = []
     out = run("fresh", resume_from_checkpoint="auto", listeners=[events.append])
     assert adapter(out) == expected
@@ -301,7 +318,7 @@ def test_optimizer_state_of_other_shape_is_refused(run):
         run("cut", resume_from_checkpoint="auto")
 
 
-def test_full_disk_keeps_the_checkpoint_before(run, monkeypatch, tmp_path):
+def test_full_disk_keeps_the_checkpoint_before(run, whole, monkeypatch, tmp_path):
     saved = state_module.save_file
     calls = []
 
@@ -320,12 +337,12 @@ def test_full_disk_keeps_the_checkpoint_before(run, monkeypatch, tmp_path):
         "checkpoint-1",
         "checkpoint-2",
     ]
-    expected = adapter(run("whole"))
+    expected = whole()
     assert adapter(run("cut", resume_from_checkpoint="auto")) == expected
 
 
-def test_moved_run_resumes(run, tmp_path):
-    expected = adapter(run("whole"))
+def test_moved_run_resumes(run, whole, tmp_path):
+    expected = whole()
     run("cut", kill=4)
     shutil.move(tmp_path / "cut", tmp_path / "räum lich")
     assert adapter(run("räum lich", resume_from_checkpoint="auto")) == expected

@@ -49,9 +49,12 @@ class _Moments:
         """Return the state by parameter: views, named `<kind>.<parameter>`."""
         found = {}
         for slot in self.flat.slots:
-            found[f"exp_avg.{slot.name}"] = slot.of(self.exp_avg)
-            found[f"exp_avg_sq.{slot.name}"] = slot.of(self.exp_avg_sq)
-            if self.exp_avg.dtype == torch.uint8:
+            if self.exp_avg.dtype == torch.float32:
+                found[f"exp_avg.{slot.name}"] = slot.of(self.exp_avg)
+                found[f"exp_avg_sq.{slot.name}"] = slot.of(self.exp_avg_sq)
+            else:  # whole blocks: the code of the gap behind a parameter is not 0
+                found[f"exp_avg.{slot.name}"] = self.exp_avg[slot.start : slot.stop]
+                found[f"exp_avg_sq.{slot.name}"] = self.exp_avg_sq[slot.start : slot.stop]
                 found[f"exp_avg_absmax.{slot.name}"] = _blocks_of(slot, self.absmax1)
                 found[f"exp_avg_sq_absmax.{slot.name}"] = _blocks_of(slot, self.absmax2)
             if slot.has_master:
@@ -155,7 +158,7 @@ class AdamW:
     def state_dict(self) -> dict[str, Tensor]:
         """Return the state as plain tensors by parameter name: views, ready for safetensors.
 
-        `step`; `exp_avg.<name>` and `exp_avg_sq.<name>` (float32, or uint8 with
+        `step`; `exp_avg.<name>` and `exp_avg_sq.<name>` (float32, or uint8 in whole blocks with
         `..._absmax.<name>`, one float32 a block); `master.<name>` for parameters that are not
         float32.
         """

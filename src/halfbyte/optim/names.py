@@ -8,7 +8,6 @@ OPTIMIZERS: dict[str, tuple[int, bool]] = {
     "adamw_32bit": (32, False),
     "adamw_8bit": (8, False),
     "adamw_bnb_8bit": (8, False),
-    "paged_adamw": (32, True),
     "paged_adamw_32bit": (32, True),
     "paged_adamw_8bit": (8, True),
 }

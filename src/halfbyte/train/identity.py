@@ -22,6 +22,7 @@ _FREE_SETTINGS = {
     "num_train_epochs",
     "max_steps",
     "per_device_eval_batch_size",
+    "memory",
     "gradient_checkpointing",
     "gradient_checkpointing_kwargs",
     "logging_strategy",
