@@ -15,7 +15,7 @@ import enum
 import itertools
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -23,7 +23,7 @@ from tokenizers import Encoding, Tokenizer, processors
 from transformers import PreTrainedTokenizerBase
 
 from halfbyte.data.formats import Example, Message
-from halfbyte.data.spans import PRIVATE, Rendered, Renderer, added_tokens
+from halfbyte.data.spans import PRIVATE, Rendered, Renderer, Span, added_tokens
 from halfbyte.errors import DataError
 
 IGNORE_INDEX = -100
@@ -165,53 +165,51 @@ class ChatEncoder:
     def _finish(self, row: "_Row", encoding: Encoding) -> Encoded:
         if row.is_document:
             return self._document(encoding.ids, row)
-        ids, learned, notes = self._tokens(row, encoding)
+        ids, ranges, notes = self._tokens(row, encoding)
+        labels = [IGNORE_INDEX] * len(ids)
+        for start, end in ranges:
+            labels[start:end] = ids[start:end]
         if row.rendered.needs_eos:
-            ids, learned = [*ids, self._eos()], [*learned, True]
-            notes |= Note.EOS_APPENDED
-        labels = [token if use else IGNORE_INDEX for token, use in zip(ids, learned, strict=True)]
+            eos = self._eos()
+            ids, labels, notes = [*ids, eos], [*labels, eos], notes | Note.EOS_APPENDED
         labels[:1] = [IGNORE_INDEX]
         return Encoded(ids, labels, notes)
 
-    def _tokens(self, row: "_Row", encoding: Encoding) -> tuple[list[int], list[bool], Note]:
-        """Return ids, whether each is learned, and notes."""
-        ranges = [] if row.shields else _token_ranges(encoding, row.rendered)
-        if ranges is not None and not row.shields:
-            learned = [False] * len(encoding.ids)
-            for start, end in ranges:
-                learned[start:end] = [True] * (end - start)
-            return encoding.ids, learned, row.notes
-        ids, learned = self._pieces(row)
-        whole = self._parser.encode(
-            _spell(row.rendered.text, row.shields), add_special_tokens=False
-        )
+    def _tokens(self, row: "_Row", encoding: Encoding) -> tuple[list[int], list[Span], Note]:
+        """Return ids, the ranges of them that are learned, and notes."""
+        ranges = None if row.shields else _token_ranges(encoding, row.rendered)
+        if ranges is not None:
+            return encoding.ids, ranges, row.notes
+        ids, ranges = self._pieces(row)
+        text = _spell(row.rendered.text, row.shields)
+        whole = self._parser.encode(text, add_special_tokens=False)
         if self._decode(ids) == self._decode(whole.ids):
-            return ids, learned, row.notes
+            return ids, ranges, row.notes
         if row.shields:  # this tokenizer changes text that it gets in pieces
-            spelled = replace(row, rendered=_spelled(row.rendered, row.shields), shields={})
-            spelled = replace(spelled, notes=Note.SPECIAL_TOKEN | row.notes & ~Note.SPECIAL_TEXT)
-            return self._tokens(spelled, whole)
+            notes = row.notes & ~Note.SPECIAL_TEXT | Note.SPECIAL_TOKEN
+            return self._tokens(_Row(_spelled(row), {}, notes=notes), whole)
         raise DataError(
             "this tokenizer joins the end of the prompt and the beginning of the answer in one "
             "token, so the mask cannot be exact",
             hint="end the template's generation prompt without a space",
         )
 
-    def _pieces(self, row: "_Row") -> tuple[list[int], list[bool]]:
+    def _pieces(self, row: "_Row") -> tuple[list[int], list[Span]]:
         """Tokenize the text cut at every span's edges, spelling out what is behind shields."""
         text, spans = row.rendered.text, row.rendered.spans
         cuts = {0, len(text), *itertools.chain.from_iterable(spans)}
         for match in PRIVATE.finditer(text):
             cuts.update(match.span() if match.group() in row.shields else ())
         ids: list[int] = []
-        learned: list[bool] = []
+        ranges: list[Span] = []
         for start, end in itertools.pairwise(sorted(cuts)):
             hidden = row.shields.get(text[start:end])
             core = self._parser if hidden is None else self._speller
             piece = core.encode(hidden or text[start:end], add_special_tokens=False).ids
+            if any(a <= start and end <= b for a, b in spans):
+                ranges.append((len(ids), len(ids) + len(piece)))
             ids += piece
-            learned += [any(a <= start and end <= b for a, b in spans)] * len(piece)
-        return ids, learned
+        return ids, ranges
 
     def _decode(self, ids: list[int]) -> str:
         return str(self._parser.decode(ids, skip_special_tokens=False))
@@ -255,7 +253,7 @@ def _named(where: str, function: Any, *args: Any) -> Any:
         raise DataError(f"{where}: {error.message}", hint=error.hint) from error
 
 
-def _token_ranges(encoding: Encoding, rendered: Rendered) -> list[tuple[int, int]] | None:
+def _token_ranges(encoding: Encoding, rendered: Rendered) -> list[Span] | None:
     """Return the tokens of each span, or `None` if one straddles an edge."""
     ranges = []
     for start, end in rendered.spans:
@@ -283,13 +281,14 @@ def _spell(text: str, shields: dict[str, str]) -> str:
     return PRIVATE.sub(lambda m: shields.get(m.group(), m.group()), text) if shields else text
 
 
-def _spelled(rendered: Rendered, shields: dict[str, str]) -> Rendered:
+def _spelled(row: "_Row") -> Rendered:
     """Return the rendered row with what is behind its shields, its spans moved along."""
-    moved = tuple(
-        (len(_spell(rendered.text[:a], shields)), len(_spell(rendered.text[:b], shields)))
-        for a, b in rendered.spans
+    text = row.rendered.text
+    spans = tuple(
+        (len(_spell(text[:a], row.shields)), len(_spell(text[:b], row.shields)))
+        for a, b in row.rendered.spans
     )
-    return Rendered(_spell(rendered.text, shields), moved, rendered.needs_eos)
+    return Rendered(_spell(text, row.shields), spans, row.rendered.needs_eos)
 
 
 def _check_unicode(text: str) -> None:

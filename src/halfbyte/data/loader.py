@@ -26,7 +26,8 @@ class Batch:
         labels: int64 [B, S], -100 where nothing is learned; not shifted.
         position_ids: int64 [B, S]; they begin again with each packed document.
         attention_mask: int64 [B, S], 1 for tokens and 0 for padding; `None` where nothing is
-            padded, and always in packed batches, whose positions say where documents begin.
+            padded, and always in packed batches, whose positions say where documents begin
+            (transformers reads them when it is called with `use_cache=False`).
         num_supervised: Labels that the shifted loss sees.
         num_tokens: Tokens that are not padding.
     """

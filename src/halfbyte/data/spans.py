@@ -234,10 +234,10 @@ class Renderer:
         if prompt is not None and text.startswith(prompt):
             return len(prompt)
         probe = {k: v for k, v in messages[-1].items() if k not in ("tool_calls", *_REASONING)}
-        header, found, _ = self.render(
+        header, found, tail = self.render(
             [*messages[:-1], {**probe, "content": PROBE}], tools
         ).partition(PROBE)
-        if found and text.startswith(header):
+        if found and text.startswith(header) and not self._rest(tail):
             return len(header)
         raise DataError(
             f"where turn {len(messages)} begins cannot be told from the chat template's output",
