@@ -8,6 +8,7 @@ import functools
 import inspect
 import itertools
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -43,6 +44,14 @@ class Layout:
     max_length: int = 0
 
 
+def backends() -> AbstractContextManager[None]:
+    """Return a context in which dense attention takes the fastest backend that fits.
+
+    Entered once for all layers: entering it for each would cost the host more than a launch.
+    """
+    return sdpa_kernel(_DENSE, set_priority=True)
+
+
 def attention(query: Tensor, key: Tensor, value: Tensor, layout: Layout, scale: float) -> Tensor:
     """Return causal attention within each sequence.
 
@@ -59,10 +68,9 @@ def attention(query: Tensor, key: Tensor, value: Tensor, layout: Layout, scale: 
         return out.reshape(query.shape[0], -1)
     shape = (layout.batch, layout.length)
     q, k, v = (x.view(*shape, *x.shape[1:]).transpose(1, 2) for x in (query, key, value))
-    with sdpa_kernel(_DENSE, set_priority=True):
-        out = F.scaled_dot_product_attention(
-            q, k, v, is_causal=True, scale=scale, enable_gqa=query.shape[1] != key.shape[1]
-        )
+    out = F.scaled_dot_product_attention(
+        q, k, v, is_causal=True, scale=scale, enable_gqa=query.shape[1] != key.shape[1]
+    )
     return out.transpose(1, 2).reshape(query.shape[0], -1)
 
 

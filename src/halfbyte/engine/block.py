@@ -112,10 +112,15 @@ class IntoAttention(torch.autograd.Function):
         qkv, shape = ctx.qkv, ctx.shape
         grad_wide = x.new_empty(x.shape[0], qkv.outputs + qkv.rank)
         rope_backward(grad_query, grad_key, grad_value, cos, sin, grad_wide)
-        grad_normed = qkv.backward_input(grad_wide, qkv.wide(x))
+        wide = qkv.wide(x)
+        qkv.up_(grad_wide, wide)
         _, normed = add_rms_norm(x, None, norm_weight, shape.input_eps)
         adapters = pairs(qkv.grad_A(grad_wide, normed), qkv.grad_B(grad_wide, xa))
-        del normed, grad_wide
+        del normed
+        if not ctx.needs_input_grad[0]:  # below the first layer is only the frozen embedding
+            return None, None, None, None, None, None, *adapters
+        grad_normed = qkv.backward_input(grad_wide, wide)
+        del wide, grad_wide
         grad_x = rms_norm_backward(
             grad_normed, x, norm_weight, shape.input_eps, grad_x, columns=qkv.rank
         )
@@ -169,16 +174,20 @@ class OutOfAttention(torch.autograd.Function):
             del normed
         grads_B, grads_down = _backward_gated(grad_y, down_xa, gate_up, gate_up_xa, weights, shape)
         group, grad_gate_up = weights.gate_up, gate_up
-        grad_normed = group.backward_input(grad_gate_up, group.wide(grad_y))
+        wide = group.wide(grad_y)
+        group.up_(grad_gate_up, wide)
+        grad_normed = group.backward_input(grad_gate_up, wide)
         _, normed = add_rms_norm(mid, None, norm_weight, shape.post_eps)
         grads_group = pairs(group.grad_A(grad_gate_up, normed), grads_B)
-        del normed, grad_gate_up, gate_up
+        del normed, grad_gate_up, gate_up, wide
         o, size = weights.o, mid.shape[1]
         grad_wide = rms_norm_backward(
             grad_normed, mid, norm_weight, shape.post_eps, grad_y, columns=o.rank
         )
         del grad_normed
-        grad_attention = o.backward_input(grad_wide, o.wide(grad_y))
+        wide = o.wide(grad_y)
+        o.up_(grad_wide, wide)
+        grad_attention = o.backward_input(grad_wide, wide)
         grads_o = pairs(o.grad_A(grad_wide, attention), o.grad_B(grad_wide[:, :size], o_xa))
         adapters = (*grads_o, *grads_group, *grads_down)
         return grad_attention, grad_wide[:, :size], None, None, None, None, *adapters
@@ -217,7 +226,9 @@ def _backward_gated(
     """Turn `gate_up` into its gradient; return that of B of gate and up, and down's adapter's."""
     down, group = weights.down, weights.gate_up
     grad_wide = with_border(grad_y, down.rank)
-    grad_hidden = down.backward_input(grad_wide, down.wide(grad_y))
+    wide = down.wide(grad_y)
+    down.up_(grad_wide, wide)
+    grad_hidden = down.backward_input(grad_wide, wide)
     grad_B = down.grad_B(grad_wide[:, : down.outputs], down_xa)
     gate_B, up_B, down_A = gated_backward_(
         gate_up, grad_hidden, gate_up_xa, grad_wide[:, down.outputs :],

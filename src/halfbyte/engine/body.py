@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from halfbyte.engine import policy
-from halfbyte.engine.attention import Layout
+from halfbyte.engine.attention import Layout, backends
+from halfbyte.engine.graph import Graphs
 from halfbyte.engine.layer import ACTIVATIONS, FusedLayer
 from halfbyte.errors import ConfigError
 
@@ -42,6 +43,8 @@ class FusedBody:
         self.memory = memory
         self.layers = [FusedLayer(layer, model.config) for layer in model.layers]
         self._levels: dict[int, list[str]] = {}
+        adapters = [t for layer in self.layers for t in layer.adapters if t.requires_grad]
+        self._graphs = Graphs(self._run_layers, adapters)
 
     def __call__(
         self,
@@ -64,11 +67,15 @@ class FusedBody:
         embeddings = self.model.rotary_emb(hidden, position_ids=position_ids)
         cos, sin = (t.expand(batch, length, -1).flatten(0, 1).contiguous() for t in embeddings)
         layout = layout or Layout(batch, length, max_length=length)
-        x = hidden.flatten(0, 1)
-        levels = self._levels_for(x) if torch.is_grad_enabled() else ["all"] * len(self.layers)
-        for layer, keep in zip(self.layers, levels, strict=True):
-            x = layer.run(x, cos, sin, layout, keep)
+        x = self._graphs(hidden.flatten(0, 1), cos, sin, layout)
         return (self.model.norm(x.view(batch, length, -1)),)
+
+    def _run_layers(self, x: Tensor, cos: Tensor, sin: Tensor, layout: Layout) -> Tensor:
+        levels = self._levels_for(x) if torch.is_grad_enabled() else ["all"] * len(self.layers)
+        with backends():
+            for layer, keep in zip(self.layers, levels, strict=True):
+                x = layer.run(x, cos, sin, layout, keep)
+        return x
 
     @torch.no_grad()
     def agrees(self) -> bool:
@@ -89,7 +96,8 @@ class FusedBody:
             mask = x.new_full((_PROBE_TOKENS, _PROBE_TOKENS), -torch.inf).triu(1)[None, None]
         for layer in self.layers:
             expected = layer.layer(x, attention_mask=mask, position_embeddings=embeddings)
-            actual = layer.run(x.flatten(0, 1), cos, sin, layout, "all").view(x.shape)
+            with backends():
+                actual = layer.run(x.flatten(0, 1), cos, sin, layout, "all").view(x.shape)
             error = (actual.float() - expected.float()).norm() / expected.float().norm()
             if not bool(error < _PROBE_TOLERANCE):
                 return False

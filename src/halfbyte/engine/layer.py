@@ -52,6 +52,11 @@ class FusedLayer:
             post_eps=float(layer.post_attention_layernorm.variance_epsilon),
         )
 
+    @property
+    def adapters(self) -> tuple[Tensor, ...]:
+        """The adapters' matrices."""
+        return self.qkv.adapters + self.out.adapters
+
     def run(self, x: Tensor, cos: Tensor, sin: Tensor, layout: Layout, keep: str) -> Tensor:
         """Return the next hidden states.
 

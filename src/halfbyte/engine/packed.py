@@ -47,7 +47,9 @@ class Packed:
         tensors = [self.input_ids, self.position_ids, self.rows, self.labels]
         bounds = self.layout.cu_seqlens
         if device.type == "cuda":
-            tensors = [t.contiguous().pin_memory() if t.device.type == "cpu" else t for t in tensors]
+            tensors = [
+                t.contiguous().pin_memory() if t.device.type == "cpu" else t for t in tensors
+            ]
             bounds = None if bounds is None else bounds.pin_memory()
         ids, positions, rows, labels = (t.to(device, non_blocking=True) for t in tensors)
         if bounds is not None:

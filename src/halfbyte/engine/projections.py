@@ -128,21 +128,18 @@ class Siblings:
                 start = end
         return out
 
-    def backward_input(self, grad_wide: Tensor, wide: Tensor) -> Tensor:
-        """Return the gradient of x `[T, K]`.
-
-        Args:
-            grad_wide: `[T, N + R]`: the outputs' gradient; its last R columns are filled here with
-                `dy B`, scaled, which `grad_A` reads.
-            wide: What `wide()` returned.
-        """
+    def up_(self, grad_wide: Tensor, wide: Tensor) -> None:
+        """Write `dy B`, scaled, into the last R columns of `grad_wide` `[T, N + R]`."""
         if self.rank:
             border = grad_wide[:, self.outputs :]
             torch.mm(grad_wide[:, : self.outputs], wide[: self.outputs, self.inputs :], out=border)
+
+    def backward_input(self, grad_wide: Tensor, wide: Tensor) -> Tensor:
+        """Return the gradient of x `[T, K]` from `grad_wide`, which `up_` has completed."""
         return torch.mm(grad_wide, wide[:, : self.inputs])
 
     def grad_A(self, grad_wide: Tensor, x: Tensor) -> list[Tensor]:  # noqa: N802
-        """Return the float32 gradient of each sibling's A, from `backward_input`'s border and x."""
+        """Return the float32 gradient of each sibling's A, from `up_`'s border and x."""
         if not self.rank:
             return []
         grad = product_float32(grad_wide[:, self.outputs :].t(), x)
