@@ -96,7 +96,7 @@ def weights_to_quantize(model: Any, config: NF4Config) -> set[str]:
 def _quantized_tensors(
     skeleton: Skeleton, config: NF4Config, device: torch.device
 ) -> Iterator[tuple[str, Tensor]]:
-    """Yield what is to be written, in the order of the model's state dict."""
+    """Yield what is to be written under its name on disk, in the order of the state dict."""
     chosen = weights_to_quantize(skeleton.model, config)
     turned = conv1d_weights(skeleton.model)
     on_disk = {target: name for name, target in skeleton.names.items()}
@@ -107,7 +107,7 @@ def _quantized_tensors(
         if tied.get(target) in on_disk:
             continue
         if target not in chosen:
-            yield target, skeleton.reader.tensor(name)
+            yield name, skeleton.reader.tensor(name)
             continue
         weight = skeleton.reader.tensor(name, device)
         try:
@@ -120,7 +120,7 @@ def _quantized_tensors(
         except QuantizationError as error:
             raise QuantizationError(f"{name!r}: {error.message}", hint=error.hint) from error
         del weight
-        yield from layout.to_tensors(target, quantized).items()
+        yield from layout.to_tensors(name, quantized).items()
     for name in skeleton.converted:
         yield name, skeleton.reader.tensor(name)
 

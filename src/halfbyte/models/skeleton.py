@@ -4,7 +4,6 @@ transformers fills what a checkpoint lacks with random numbers and a line in a r
 missing or misshapen tensor is an error, found from names and headers alone.
 """
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -79,9 +78,10 @@ def read_skeleton(folder: Path) -> Skeleton:
     }
     _check_quantization(folder, quantization, packed)
     scales = {name + suffix for name in packed for suffix in SUFFIXES if suffix}
-    matched, converted, made = _match(model, (name for name in names if name not in scales))
+    matched, converted, made = _match(model, [name for name in names if name not in scales])
     skeleton = Skeleton(config, model, reader, matched, converted, packed, quantization)
-    _check_complete(skeleton, made)
+    _check_names(skeleton, made)
+    _check_shapes(skeleton)
     return skeleton
 
 
@@ -159,7 +159,7 @@ def _check_quantization(folder: Path, quantization: Any, packed: set[str]) -> No
         )
 
 
-def _match(model: Any, names: Iterable[str]) -> tuple[dict[str, str], list[str], set[str]]:
+def _match(model: Any, names: list[str]) -> tuple[dict[str, str], list[str], set[str]]:
     """Return names on disk to names in memory, names that are converted, and what they make."""
     mapping = get_model_conversion_mapping(model)
     renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
@@ -174,31 +174,35 @@ def _match(model: Any, names: Iterable[str]) -> tuple[dict[str, str], list[str],
             there, pattern = rename_source_key(name, [], [], prefix, state)
         if pattern is not None:
             converted.append(name)
-            made.add(there)
+            # A converter that makes several tensors is found by the first one.
+            targets = next(c.target_patterns for c in converters if pattern in c.source_patterns)
+            made |= {there.replace(targets[0], target) for target in targets}
         elif there in state:
             matched[name] = there
     return matched, converted, made
 
 
-def _check_complete(skeleton: Skeleton, made: set[str]) -> None:
-    """Check that each tensor of the model is there once, in its shape."""
+def _check_names(skeleton: Skeleton, made: set[str]) -> None:
+    """Check that each tensor of the model is there, or made from others, or tied to one."""
     state = skeleton.model.state_dict()
-    tied = skeleton.model.all_tied_weights_keys
     there = set(skeleton.names.values()) | made
+    tied = skeleton.model.all_tied_weights_keys
     there |= {twin for twin, source in tied.items() if source in there}
-    # A converter can make more than the one tensor that it is found by.
-    missing = sorted(set(state) - there) if not made else []
+    missing = sorted(set(state) - there)
     if missing:
         raise CheckpointError(
             f"{skeleton.reader.folder} lacks {len(missing)} of the model's {len(state)} tensors, "
             f"among them {missing[0]!r}",
             hint="the download is incomplete, or config.json belongs to another model",
         )
+
+
+def _check_shapes(skeleton: Skeleton) -> None:
+    """Check shapes as far as headers tell them; that of a 4-bit weight is in its state tensor."""
+    state = skeleton.model.state_dict()
     for name, target in skeleton.names.items():
-        if name in skeleton.packed:
-            continue
         expected, found = tuple(state[target].shape), skeleton.reader.info(name).shape
-        if expected != found:
+        if name not in skeleton.packed and expected != found:
             raise CheckpointError(
                 f"expected {name!r} to be {list(expected)} as in config.json, got {list(found)}",
                 hint="the weights belong to another model than config.json: copy both again",
