@@ -1,6 +1,8 @@
 """QLoRA, end to end: load in 4 bits, train adapters, prove the result, merge, ship."""
 
 import importlib
+import sys
+from types import ModuleType
 from typing import Any
 
 __version__ = "0.1.0"
@@ -31,6 +33,18 @@ def __getattr__(name: str) -> Any:
     if name not in _EXPORTS:
         raise AttributeError(f"module 'halfbyte' has no attribute {name!r}")
     return getattr(importlib.import_module(_EXPORTS[name]), name)
+
+
+class _Package(ModuleType):
+    """Keeps `halfbyte.train` and `halfbyte.generate` the functions that they are said to be."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Importing the part of that name would put its module in the function's place."""
+        if not (name in _EXPORTS and isinstance(value, ModuleType)):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package
 
 
 def __dir__() -> list[str]:

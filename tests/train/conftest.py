@@ -32,7 +32,7 @@ def llama_config(**changes):
 
 
 @pytest.fixture
-def make_base():
+def make_llama():
     def make(attn_implementation="sdpa", **changes):
         torch.manual_seed(0)
         config = llama_config(**changes)
@@ -43,9 +43,9 @@ def make_base():
 
 
 @pytest.fixture
-def make_lora(make_base):
+def make_lora(make_llama):
     def make(lora_dropout=0.0, base=None, **changes):
-        base = make_base(**changes) if base is None else base
+        base = make_llama(**changes) if base is None else base
         torch.manual_seed(1)
         config = LoraConfig(
             r=4,

@@ -36,20 +36,20 @@ def test_loss_is_the_mean_over_tokens(make_lora, tokenizer, rows_of, batch_size)
     assert model.training
 
 
-def test_plain_model_without_adapters(make_base, tokenizer, rows_of):
-    model, rows = make_base().eval(), rows_of(LENGTHS)
+def test_plain_model_without_adapters(make_llama, tokenizer, rows_of):
+    model, rows = make_llama().eval(), rows_of(LENGTHS)
     assert evaluate(model, tokenizer, rows).loss == pytest.approx(
         reference(model, rows)[0], rel=1e-6
     )
 
 
-def test_text_rows_are_tokenized(make_base, tokenizer):
-    model = make_base(vocab_size=len(tokenizer))
+def test_text_rows_are_tokenized(make_llama, tokenizer):
+    model = make_llama(vocab_size=len(tokenizer))
     result = evaluate(model, tokenizer, [{"text": "one two"}, {"text": "three"}])
     assert result.tokens > 10
 
 
-def test_nothing_supervised_is_an_error(make_base, tokenizer, rows_of):
+def test_nothing_supervised_is_an_error(make_llama, tokenizer, rows_of):
     rows = rows_of([2, 2])  # prompts only
     with pytest.raises(DataError, match="none of the 2 rows"):
-        evaluate(make_base(), tokenizer, rows)
+        evaluate(make_llama(), tokenizer, rows)

@@ -45,14 +45,14 @@ def kinds(events):
 
 
 def test_leaves_an_adapter_that_plain_peft_loads(
-    make_lora, make_base, tokenizer, rows_of, settings, tmp_path, batch_of
+    make_lora, make_llama, tokenizer, rows_of, settings, tmp_path, batch_of
 ):
     model = make_lora()
     result = train(model, tokenizer, rows_of(LENGTHS), settings())
     out = tmp_path / "out"
     assert (result.steps, result.output_dir) == (6, out)
     assert result.tokens_per_second > 0
-    reloaded = PeftModel.from_pretrained(make_base(), out).eval()
+    reloaded = PeftModel.from_pretrained(make_llama(), out).eval()
     ids = batch_of([9]).input_ids
     with torch.no_grad():
         assert torch.equal(reloaded(ids).logits, model.eval()(ids).logits)
@@ -184,9 +184,9 @@ def test_activation_checkpointing_gives_the_same_adapter(
     assert outputs[0] == outputs[1]
 
 
-def test_trains_twice_the_same_model(make_base, make_lora, tokenizer, rows_of, settings):
+def test_trains_twice_the_same_model(make_llama, make_lora, tokenizer, rows_of, settings):
     """bf16 modules trained in full have hooks, which must be gone after a run."""
-    base = make_base().bfloat16()
+    base = make_llama().bfloat16()
     config = LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=["lm_head"])
     model = get_peft_model(base, config)
     train(model, tokenizer, rows_of(LENGTHS), settings(max_steps=2))
@@ -194,9 +194,9 @@ def test_trains_twice_the_same_model(make_base, make_lora, tokenizer, rows_of, s
     assert train(model, tokenizer, rows_of(LENGTHS), again).steps == 2
 
 
-def test_plain_model_says_to_add_adapters(make_base, tokenizer, rows_of, settings, tmp_path):
+def test_plain_model_says_to_add_adapters(make_llama, tokenizer, rows_of, settings, tmp_path):
     with pytest.raises(ConfigError, match=r"hint: model = halfbyte.add_lora"):
-        train(make_base(), tokenizer, rows_of(LENGTHS), settings())
+        train(make_llama(), tokenizer, rows_of(LENGTHS), settings())
     assert not (tmp_path / "out").exists()
 
 

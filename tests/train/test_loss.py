@@ -82,8 +82,8 @@ def test_lora_inside_the_body_is_part_of_it(make_lora, batch_of):
 @pytest.mark.parametrize(
     "config", [{"target_modules": ["q_proj", "lm_head"]}, {"modules_to_save": ["lm_head"]}]
 )
-def test_adapted_head_uses_the_models_own_logits(config, make_base, batch_of):
-    model = get_peft_model(make_base(), LoraConfig(**{"target_modules": ["q_proj"], **config}))
+def test_adapted_head_uses_the_models_own_logits(config, make_llama, batch_of):
+    model = get_peft_model(make_llama(), LoraConfig(**{"target_modules": ["q_proj"], **config}))
     parts = LanguageModel.of(model)
     assert parts.head is None
     batch = batch_of([9, 5])
@@ -95,8 +95,8 @@ def test_adapted_head_uses_the_models_own_logits(config, make_base, batch_of):
     assert any(p.grad is not None and p.grad.any() for p in trained)
 
 
-def test_unknown_last_step_is_noticed(make_base, batch_of):
-    base = make_base()
+def test_unknown_last_step_is_noticed(make_llama, batch_of):
+    base = make_llama()
     base.config.logit_scale = 3.0  # claims a scale that its forward does not apply
     parts = LanguageModel.of(base)
     assert parts.head is None

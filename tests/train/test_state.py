@@ -101,10 +101,10 @@ def test_resume_is_exact_with_other_optimizers(run, whole, optim):
     assert adapter(run("cut", resume_from_checkpoint=True, optim=optim)) == expected
 
 
-def test_resume_is_exact_with_modules_trained_in_bf16(make_base, tokenizer, rows_of, tmp_path):
+def test_resume_is_exact_with_modules_trained_in_bf16(make_llama, tokenizer, rows_of, tmp_path):
     def start(name, *listeners, **changes):
         config = LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=["lm_head"])
-        base = make_base().bfloat16()
+        base = make_llama().bfloat16()
         torch.manual_seed(1)
         model = get_peft_model(base, config)
         config = settings(tmp_path / name, learning_rate=1e-4, **changes)
