@@ -29,6 +29,9 @@ def chat(
     device: Device = None,
 ) -> None:
     """Talk to MODEL. /help lists what else can be typed; Ctrl-C stops an answer, Ctrl-D ends."""
+    from halfbyte.cli.display import quieten
+
+    quieten()
     from halfbyte.cli.opening import open_model
     from halfbyte.generate.chat import Conversation, run_chat
     from halfbyte.generate.sampling import Sampling

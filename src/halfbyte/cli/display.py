@@ -1,19 +1,38 @@
 """What the verbs print with: tables for people, plain lines for pipes."""
 
+import logging
 import sys
+import warnings
 from collections.abc import Mapping
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
 
 
 def print_facts(title: str, facts: Mapping[str, object]) -> None:
-    """Print names and values, one a line."""
-    table = Table(title=title, title_justify="left", show_header=False, box=None, pad_edge=False)
+    """Print a title, then names and values, one a line."""
+    if title:
+        print(title)
+    width = max(len(name) for name in facts)
     for name, value in facts.items():
-        table.add_row(name, str(value), style=None)
-    Console(file=sys.stdout, highlight=False, soft_wrap=True).print(table)
+        print(f"  {name:<{width}}  {value}")
+
+
+def quieten() -> None:
+    """Keep libraries from writing between the lines that the verbs write.
+
+    Their warnings about each other's future are for programmers, and progress bars for terminals.
+    """
+    from transformers.utils import logging as transformers_logging
+
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", category=DeprecationWarning)
+    warnings.filterwarnings("ignore", module="peft")
+    # bitsandbytes, which peft imports where it is installed, misses kernels that nobody calls here.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    transformers_logging.set_verbosity_error()
+    if not sys.stderr.isatty():
+        transformers_logging.disable_progress_bar()
 
 
 def progress_bar() -> Progress:

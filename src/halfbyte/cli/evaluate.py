@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from halfbyte.cli.opening import Adapter, Device, Model, Quant
+from halfbyte.cli.train import SETTINGS_FILE
 
 if TYPE_CHECKING:
     from halfbyte.data.config import DataConfig
@@ -34,13 +35,19 @@ def evaluate(
     out: Annotated[Path | None, typer.Option(help="Write all results as JSON.")] = None,
     device: Device = None,
 ) -> None:
-    """Measure MODEL on DATA, with or without an adapter."""
-    from halfbyte.cli.display import print_facts
+    """Measure MODEL on DATA, with or without an adapter.
+
+    The rows are read as in the adapter's training, where key=value does not say otherwise.
+    """
+    from halfbyte.cli.display import print_facts, quieten
+
+    quieten()
     from halfbyte.cli.opening import open_model
     from halfbyte.config import read_data_settings
     from halfbyte.train.evaluate import evaluate as evaluate_model
 
-    config = read_data_settings([f"path={json.dumps(data)}", *(settings or [])])
+    overrides = [f"path={json.dumps(data)}", *(settings or [])]
+    config = read_data_settings(overrides, as_in=Path(adapter or model) / SETTINGS_FILE)
     loaded, tokenizer = open_model(model, adapter, quant, device)
     result = evaluate_model(loaded, tokenizer, config, batch_size=batch_size)
     facts: dict[str, Any] = {"loss": f"{result.loss:.4f}", "perplexity": f"{result.perplexity:.3f}"}

@@ -35,6 +35,9 @@ def generate(
 
     Models with a chat template get PROMPT as a user's message; others continue it.
     """
+    from halfbyte.cli.display import quieten
+
+    quieten()
     from halfbyte.cli.opening import open_model
     from halfbyte.generate.generate import generate as generate_text
     from halfbyte.generate.sampling import Sampling

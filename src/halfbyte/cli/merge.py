@@ -26,7 +26,9 @@ def merge(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT.")] = False,
 ) -> None:
     """Write ADAPTER and its base as a plain transformers checkpoint, with its tokenizer."""
-    from halfbyte.cli.display import print_facts, size
+    from halfbyte.cli.display import print_facts, quieten, size
+
+    quieten()
     from halfbyte.config import resolve_model
     from halfbyte.export.merge import merge as merge_adapter
     from halfbyte.quant.config import NF4Config

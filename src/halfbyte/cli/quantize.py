@@ -15,7 +15,9 @@ def quantize(
     overwrite: Annotated[bool, typer.Option(help="Replace OUT if it is there.")] = False,
 ) -> None:
     """Write MODEL as a 4-bit checkpoint that transformers, bitsandbytes and vLLM load."""
-    from halfbyte.cli.display import size
+    from halfbyte.cli.display import quieten, size
+
+    quieten()
     from halfbyte.config import resolve_model
     from halfbyte.models.quantize import quantize as quantize_model
     from halfbyte.quant.config import NF4Config

@@ -8,6 +8,10 @@ from typer.core import TyperCommand
 
 if TYPE_CHECKING:
     from halfbyte.config import RunConfig
+    from halfbyte.train.events import Listener
+
+SETTINGS_FILE = "run.yaml"
+"""Every setting of a run, in its output directory; `halfbyte train` reads it as it is."""
 
 
 class TrainCommand(TyperCommand):
@@ -56,6 +60,9 @@ def train(
 
     Relative paths are relative to the current directory.
     """
+    from halfbyte.cli.display import quieten
+
+    quieten()
     from halfbyte.config import RunConfig
 
     overrides = list(settings or [])
@@ -71,7 +78,7 @@ def run(config: "RunConfig") -> None:
     from halfbyte.models.load import load
     from halfbyte.train.loop import train as train_model
 
-    _check_data(config)
+    check(config)
     model, tokenizer = load(
         config.model_path,
         quant=config.quant.build() if config.quant else None,
@@ -81,9 +88,8 @@ def run(config: "RunConfig") -> None:
     )
     adapted = add_lora(model, config.lora.build(), seed=config.train.seed)
     print_facts("model", _model_facts(config, adapted))
-    result = train_model(adapted, tokenizer, config.data, config.train)
+    result = train_model(adapted, tokenizer, config.data, config.train, listeners=[_record(config)])
     output_dir = Path(config.train.output_dir)
-    (output_dir / "run.yaml").write_text(config.to_yaml(), encoding="utf-8")
     facts = {
         "steps": f"{result.steps:,} in {result.seconds:,.0f} s",
         "training loss": f"{result.loss:.4f}",
@@ -96,19 +102,41 @@ def run(config: "RunConfig") -> None:
     print_facts("result", facts)
 
 
-def _check_data(config: "RunConfig") -> None:
-    """Read and check the data before the model is loaded; the tokens are kept for training."""
+def check(config: "RunConfig") -> None:
+    """Find what is wrong with base, adapter or data before the model takes time and memory.
+
+    The data's tokens are kept for the training itself.
+
+    Raises:
+        HalfbyteError: says what is wrong.
+    """
     from rich.console import Console
 
+    from halfbyte.adapters.checks import check_settings, check_targets
     from halfbyte.data.prepare import prepare
     from halfbyte.models.folder import find_folder
     from halfbyte.models.skeleton import read_skeleton
     from halfbyte.models.tokenizer import load_tokenizer
 
     folder = find_folder(config.model_path)
-    embedding = read_skeleton(folder).model.get_input_embeddings()
-    tokenizer = load_tokenizer(folder, embedding.num_embeddings)
+    model = read_skeleton(folder).model
+    lora = config.lora.build()
+    check_settings(lora)
+    check_targets(model, lora)
+    tokenizer = load_tokenizer(folder, model.get_input_embeddings().num_embeddings)
     Console().print(prepare(config.data, tokenizer, seed=config.train.seed).summary)
+
+
+def _record(config: "RunConfig") -> "Listener":
+    """Return a listener that writes every setting beside the run when it starts."""
+    from halfbyte.train.events import TrainingStarted
+
+    def listen(event: Any) -> None:
+        if isinstance(event, TrainingStarted):
+            path = event.output_dir / SETTINGS_FILE
+            path.write_text(config.to_yaml(), encoding="utf-8")
+
+    return listen
 
 
 def _model_facts(config: "RunConfig", model: Any) -> dict[str, str]:

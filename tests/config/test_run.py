@@ -5,7 +5,7 @@ from collections import Counter
 import pytest
 import yaml
 
-from halfbyte.config import (
+from halfbyte.config.run import (
     OWNERS,
     SECTIONS,
     RunConfig,
@@ -130,9 +130,10 @@ def test_contradictions_are_errors(tmp_path):
 
 
 def test_broken_yaml_names_the_line(tmp_path):
-    assert "line 2" in message(tmp_path, "model: m\npath: [a\n")[0] or "line 3" in message(
-        tmp_path, "model: m\npath: [a\n"
-    )[0]
+    assert (
+        "line 2" in message(tmp_path, "model: m\npath: [a\n")[0]
+        or "line 3" in message(tmp_path, "model: m\npath: [a\n")[0]
+    )
     assert "'r' stands here twice" in message(tmp_path, "model: m\nr: 1\nr: 2\n")[0]
     assert "holds nothing" in message(tmp_path, "\n")[0]
     assert "holds list" in message(tmp_path, "- a\n")[0]
@@ -172,5 +173,5 @@ def test_data_settings_alone():
 def test_examples_are_valid(name):
     from pathlib import Path
 
-    path = Path(__file__).parent.parent / "examples" / name
+    path = Path(__file__).parents[2] / "examples" / name
     RunConfig.from_yaml(path, [] if "path" in yaml.safe_load(path.read_text()) else ["path=x"])

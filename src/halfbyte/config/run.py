@@ -13,95 +13,27 @@ file. There is no setting for a secret: tokens for the hub come from huggingface
 """
 
 import difflib
-import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import Any, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, Field, ValidationError
 from pydantic.fields import FieldInfo
 
+from halfbyte.config.sections import FROZEN, DTypeName, LoraSection, QuantSection
+from halfbyte.config.text import COMMAND_LINE, parse_override, read_yaml
 from halfbyte.data.config import DataConfig
 from halfbyte.errors import ConfigError
 from halfbyte.train.config import TrainConfig
 
-if TYPE_CHECKING:  # settings are read without importing torch
-    from peft import LoraConfig
-
-    from halfbyte.quant.config import NF4Config
-
-_SECTION = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
-DTypeName = Literal["bfloat16", "float16", "float32"]
-_COMMAND_LINE = "the command line"
-
-
-class QuantSection(BaseModel):
-    """How the base is held in 4 bits: the fields of `NF4Config`."""
-
-    model_config = _SECTION
-
-    quant_type: Literal["nf4", "fp4"] = "nf4"
-    """The sixteen levels: quantiles of a normal distribution, or 4-bit floats."""
-    block_size: int = 64
-    """Weights that share one scale."""
-    double_quant: bool = True
-    """Hold the scales in 8 bits too."""
-    compute_dtype: DTypeName | None = None
-    """What matrices are multiplied in; by default what the device is good at."""
-    skip_modules: list[str] | None = None
-    """Modules that keep 16 bits, besides the output embedding."""
-
-    def build(self) -> "NF4Config":
-        """Return the quantizer's own configuration."""
-        from halfbyte.quant.config import NF4Config
-
-        return NF4Config(**self.model_dump())
-
-
-class LoraSection(BaseModel):
-    """Which adapters are trained: fields of peft's `LoraConfig`."""
-
-    model_config = _SECTION
-
-    r: int = Field(default=16, ge=1)
-    """Rank of the update."""
-    lora_alpha: float = 32
-    """The update is scaled by lora_alpha / r."""
-    lora_dropout: float = Field(default=0.0, ge=0.0, lt=1.0)
-    """Share of a layer's inputs that are dropped before A, in training."""
-    target_modules: str | list[str] = "all-linear"
-    """Names, one regular expression, or `all-linear` (every one but the output embedding)."""
-    exclude_modules: str | list[str] | None = None
-    """Names or one regular expression that are left out."""
-    layers_to_transform: int | list[int] | None = None
-    """Only these layers, by number."""
-    modules_to_save: list[str] | None = None
-    """Modules that are trained whole and saved beside the adapter."""
-    bias: Literal["none", "all", "lora_only"] = "none"
-    """Which biases are trained."""
-    use_rslora: bool = False
-    """Scale by lora_alpha / sqrt(r)."""
-    use_dora: bool = False
-    """Train the length of each row apart from its direction."""
-    rank_pattern: dict[str, int] = Field(default_factory=dict)
-    """Other ranks for some modules."""
-    alpha_pattern: dict[str, float] = Field(default_factory=dict)
-    """Other alphas for some modules."""
-    init_lora_weights: bool | str = True
-    """How A and B begin: one of peft's names."""
-
-    def build(self) -> "LoraConfig":
-        """Return peft's configuration."""
-        from peft import LoraConfig
-
-        return LoraConfig(task_type="CAUSAL_LM", **self.model_dump())
+_ROW_NAMES = {"path", "name", "split", "eval_path", "eval_split", "eval_fraction"}
 
 
 class RunConfig(BaseModel):
     """Everything that a run needs."""
 
-    model_config = _SECTION
+    model_config = FROZEN
 
     model: str
     """A folder, a name on the hub, or `demo` for the base that comes with Halfbyte."""
@@ -127,8 +59,8 @@ class RunConfig(BaseModel):
         Raises:
             ConfigError: the file is missing or no YAML, a key is unknown, or a value is wrong.
         """
-        values, lines = _read_yaml(Path(path))
-        changes = dict(_parse_override(text) for text in overrides)
+        values, lines = read_yaml(Path(path))
+        changes = dict(parse_override(text) for text in overrides)
         places = {key: f"{path}, line {line}" for key, line in lines.items()}
         nested = _nest(values, places)
         for key, value in _nest(changes, {}).items():
@@ -136,7 +68,7 @@ class RunConfig(BaseModel):
             if isinstance(value, dict) and isinstance(old, dict):
                 value = {**old, **value}
             nested[key] = value
-        return cls._build(nested, {**places, **dict.fromkeys(changes, _COMMAND_LINE)})
+        return cls._build(nested, {**places, **dict.fromkeys(changes, COMMAND_LINE)})
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
@@ -207,98 +139,28 @@ def _default_text(field: FieldInfo) -> str:
     return yaml.safe_dump(value, default_flow_style=True).splitlines()[0]
 
 
-def read_data_settings(settings: Iterable[str]) -> DataConfig:
+def read_data_settings(settings: Iterable[str], *, as_in: Path | None = None) -> DataConfig:
     """Return the data section from `key=value` texts alone.
+
+    Args:
+        settings: The texts.
+        as_in: A run's YAML file; if it is there, what does not name rows is taken from it.
 
     Raises:
         ConfigError: a key is no data setting, or a value is wrong.
     """
-    changes = dict(_parse_override(text) for text in settings)
+    changes = dict(parse_override(text) for text in settings)
     nested = _nest(changes, {})
     for section in nested:
         if section != "data":
             raise ConfigError(f"{', '.join(nested[section])} says nothing about the data")
+    values = {}
+    if as_in is not None and as_in.is_file():
+        values = RunConfig.from_yaml(as_in).data.model_dump(exclude=_ROW_NAMES)
     try:
-        return DataConfig(**nested.get("data", {}))
+        return DataConfig(**{**values, **nested.get("data", {})})
     except ValidationError as error:
-        raise _readable(error, dict.fromkeys(changes, _COMMAND_LINE)) from error
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML where a key may stand once only, and 2e-4 is a number (YAML 1.2)."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:  # noqa: FBT001, FBT002
-        seen = set()
-        for key, _ in node.value:
-            if not isinstance(key, yaml.ScalarNode) or key.value in seen:
-                problem = (
-                    f"the key {getattr(key, 'value', None)!r} stands here twice, or is no name"
-                )
-                raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
-            seen.add(key.value)
-        return super().construct_mapping(node, deep)
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9]*)?[eE][-+]?[0-9]+$"),
-    list("-+0123456789"),
-)
-
-
-def _read_yaml(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
-    """Return a file's mapping, and the line on which each key (also `section.key`) stands."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ConfigError(
-            f"{path} is not UTF-8: byte {error.start} is {error.object[error.start]:#04x}",
-            hint="save it as UTF-8",
-        ) from error
-    except OSError as error:
-        raise ConfigError(
-            f"{path} cannot be read: {error.strerror}", hint="name a YAML file that exists"
-        ) from error
-    try:
-        root = yaml.compose(text, Loader=_Loader)
-        values = yaml.load(text, Loader=_Loader)
-    except yaml.MarkedYAMLError as error:
-        line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
-        raise ConfigError(f"{path}{line}: {error.problem}", hint="mend the YAML") from error
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path} is no YAML: {error}") from error
-    if not isinstance(root, yaml.MappingNode):
-        raise ConfigError(
-            f"{path} holds {'nothing' if values is None else type(values).__name__}, "
-            "expected `key: value` lines",
-            hint="begin with `model: ...` and `path: ...`",
-        )
-    return values, _lines(root)
-
-
-def _lines(root: yaml.MappingNode) -> dict[str, int]:
-    lines = {}
-    for key, value in root.value:
-        lines[key.value] = key.start_mark.line + 1
-        if isinstance(value, yaml.MappingNode):
-            for inner, _ in value.value:
-                lines[f"{key.value}.{inner.value}"] = inner.start_mark.line + 1
-    return lines
-
-
-def _parse_override(text: str) -> tuple[str, Any]:
-    """Split `key=value`; the value is YAML."""
-    key, equals, value = text.partition("=")
-    if not equals or not key:
-        raise ConfigError(
-            f"expected key=value, got {text!r}", hint="write for example learning_rate=1e-4"
-        )
-    try:
-        return key.strip(), yaml.load(value, Loader=_Loader)
-    except yaml.YAMLError as error:
-        raise ConfigError(
-            f"the value of {key} on {_COMMAND_LINE} is no YAML", hint="quote it for the shell"
-        ) from error
+        raise _readable(error, dict.fromkeys(changes, COMMAND_LINE)) from error
 
 
 def _nest(values: Mapping[str, Any], places: Mapping[str, str]) -> dict[str, Any]:

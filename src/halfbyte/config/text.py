@@ -1,0 +1,99 @@
+"""YAML as users write it: read strictly, with the line of every key.
+
+A key may stand once only, and 2e-4 is a number (YAML 1.2; PyYAML takes it for text).
+"""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from halfbyte.errors import ConfigError
+
+COMMAND_LINE = "the command line"
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML where a key may stand once only, and 2e-4 is a number (YAML 1.2)."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:  # noqa: FBT001, FBT002
+        seen = set()
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode) or key.value in seen:
+                problem = (
+                    f"the key {getattr(key, 'value', None)!r} stands here twice, or is no name"
+                )
+                raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9]*)?[eE][-+]?[0-9]+$"),
+    list("-+0123456789"),
+)
+
+
+def read_yaml(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
+    """Return a file's mapping, and the line on which each key (also `section.key`) stands.
+
+    Raises:
+        ConfigError: the file is missing, no UTF-8, no YAML, or no mapping.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ConfigError(
+            f"{path} is not UTF-8: byte {error.start} is {error.object[error.start]:#04x}",
+            hint="save it as UTF-8",
+        ) from error
+    except OSError as error:
+        raise ConfigError(
+            f"{path} cannot be read: {error.strerror}", hint="name a YAML file that exists"
+        ) from error
+    try:
+        root = yaml.compose(text, Loader=_Loader)
+        values = yaml.load(text, Loader=_Loader)
+    except yaml.MarkedYAMLError as error:
+        line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
+        raise ConfigError(f"{path}{line}: {error.problem}", hint="mend the YAML") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is no YAML: {error}") from error
+    if not isinstance(root, yaml.MappingNode):
+        raise ConfigError(
+            f"{path} holds {'nothing' if values is None else type(values).__name__}, "
+            "expected `key: value` lines",
+            hint="begin with `model: ...` and `path: ...`",
+        )
+    return values, _lines(root)
+
+
+def _lines(root: yaml.MappingNode) -> dict[str, int]:
+    lines = {}
+    for key, value in root.value:
+        lines[key.value] = key.start_mark.line + 1
+        if isinstance(value, yaml.MappingNode):
+            for inner, _ in value.value:
+                lines[f"{key.value}.{inner.value}"] = inner.start_mark.line + 1
+    return lines
+
+
+def parse_override(text: str) -> tuple[str, Any]:
+    """Split `key=value`; the value is YAML.
+
+    Raises:
+        ConfigError: there is no `=`, or the value is no YAML.
+    """
+    key, equals, value = text.partition("=")
+    if not equals or not key:
+        raise ConfigError(
+            f"expected key=value, got {text!r}", hint="write for example learning_rate=1e-4"
+        )
+    try:
+        return key.strip(), yaml.load(value, Loader=_Loader)
+    except yaml.YAMLError as error:
+        raise ConfigError(
+            f"the value of {key} on {COMMAND_LINE} is no YAML", hint="quote it for the shell"
+        ) from error
