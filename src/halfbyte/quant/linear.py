@@ -36,13 +36,15 @@ class _Multiply(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        weight = QuantizedWeight(*ctx.saved_tensors, *ctx.constants)
+        # Read once: under gradient checkpointing saved tensors can be unpacked a single time.
+        fields = (*ctx.saved_tensors, *ctx.constants)
+        weight = QuantizedWeight(*fields)
         grad_x = grad_bias = None
         if ctx.needs_input_grad[0]:
             grad_x = products.grad_input_4bit(grad_output, weight)
         if ctx.needs_input_grad[1]:
             grad_bias = grad_output.sum(0)
-        return grad_x, grad_bias, *[None] * (len(ctx.saved_tensors) + len(ctx.constants))
+        return grad_x, grad_bias, *[None] * len(fields)
 
 
 def linear_4bit(x: Tensor, weight: QuantizedWeight, bias: Tensor | None = None) -> Tensor:
@@ -209,9 +211,7 @@ class NF4Linear(nn.Linear):
     ) -> None:
         if self.is_quantized and not self.weight.is_meta:
             destination.update(layout.to_tensors(f"{prefix}weight", self.quantized))
-            destination[f"{prefix}weight"] = self.weight if keep_vars else self.weight.detach()
-        else:
-            destination[f"{prefix}weight"] = self.weight if keep_vars else self.weight.detach()
+        destination[f"{prefix}weight"] = self.weight if keep_vars else self.weight.detach()
         if self.bias is not None:
             destination[f"{prefix}bias"] = self.bias if keep_vars else self.bias.detach()
 
@@ -242,22 +242,19 @@ class NF4Linear(nn.Linear):
             known = {*keys, f"{prefix}bias"} if self.bias is not None else set(keys)
             unexpected_keys += [k for k in state_dict if k.startswith(prefix) and k not in known]
         if self.bias is not None:
-            self._load_bias(state_dict, prefix, strict=strict, missing_keys=missing_keys)
-
-    def _load_bias(
-        self,
-        state_dict: MutableMapping[str, Any],
-        prefix: str,
-        *,
-        strict: bool,
-        missing_keys: list[str],
-    ) -> None:
-        key = f"{prefix}bias"
-        if key not in state_dict:
-            if strict:
+            key = f"{prefix}bias"
+            if key in state_dict:
+                self._load_bias(key, state_dict[key], error_msgs)
+            elif strict:
                 missing_keys.append(key)
+
+    def _load_bias(self, key: str, value: Tensor, error_msgs: list[str]) -> None:
+        if value.shape != self.bias.shape:
+            error_msgs.append(
+                f"expected {key!r} to be {list(self.bias.shape)}, got {list(value.shape)}"
+            )
         elif self.bias.is_meta:
-            self.bias = nn.Parameter(state_dict[key].detach(), self.bias.requires_grad)
+            self.bias = nn.Parameter(value.detach(), self.bias.requires_grad)
         else:
             with torch.no_grad():
-                self.bias.copy_(state_dict[key])
+                self.bias.copy_(value)
