@@ -160,7 +160,7 @@ def test_8_bit_training_follows_32_bit_training():
             step_(param, param - target, *state, step=step, **(SETTINGS | {"weight_decay": 0.0}))
         losses.append((param - target).square().mean().item())
     assert losses[0] < 0.1
-    assert losses[1] == pytest.approx(losses[0], rel=0.05, abs=1e-3)
+    assert losses[1] == pytest.approx(losses[0], rel=0.15)
 
 
 def test_a_slice_of_a_flat_state_changes_nothing_beside_it():
