@@ -1,0 +1,17 @@
+"""halfbyte chat: lines in, answers out."""
+
+
+def test_a_conversation_on_a_run(run, trained):
+    lines = "Hi\n/adapter off\n/reset\nHi\n/quit\n"
+    result = run("chat", trained, "--max-new-tokens", 3, input=lines)
+    assert result.exit_code == 0, result.output
+    assert "the adapter is off" in result.stdout
+    assert "forgotten" in result.stdout
+
+
+def test_without_a_template_it_says_so(run, make_base):
+    base = make_base()
+    (base / "chat_template.jinja").unlink()
+    result = run("chat", base, "--max-new-tokens", 3, input="Hi\n")
+    assert result.exit_code == 0
+    assert "no chat template" in result.stderr
