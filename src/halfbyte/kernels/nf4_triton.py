@@ -51,7 +51,7 @@ def _flush(x):
 
 @triton.jit
 def _quantize_kernel(
-    weight_ptr, packed_ptr, absmax_ptr, thresholds_ptr, order_ptr, numel,
+    weight_ptr, packed_ptr, absmax_ptr, thresholds_ptr, order_ptr, numel, num_bytes,
     SIZE: tl.constexpr, BLOCKS: tl.constexpr, IS_SORTED: tl.constexpr, APPROXIMATE: tl.constexpr,
 ):  # fmt: skip
     first = tl.program_id(0).to(tl.int64) * BLOCKS
@@ -68,13 +68,13 @@ def _quantize_kernel(
     high, low = tl.split(code.reshape(BLOCKS, SIZE // 2, 2))
     packed_offs = blocks[:, None] * (SIZE // 2) + tl.arange(0, SIZE // 2)[None, :]
     tl.store(
-        packed_ptr + packed_offs, ((high << 4) | low).to(tl.uint8), mask=packed_offs * 2 < numel
+        packed_ptr + packed_offs, ((high << 4) | low).to(tl.uint8), mask=packed_offs < num_bytes
     )
 
 
 @triton.jit
 def _dequantize_kernel(
-    packed_ptr, scales_ptr, codes_ptr, map_ptr, offset_ptr, levels_ptr, out_ptr, numel,
+    packed_ptr, scales_ptr, codes_ptr, map_ptr, offset_ptr, levels_ptr, out_ptr, numel, num_bytes,
     SIZE: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, IS_NESTED: tl.constexpr,
 ):  # fmt: skip
     # A row is a block, or WIDTH elements of one; WIDTH divides SIZE.
@@ -89,7 +89,7 @@ def _dequantize_kernel(
     else:
         absmax = tl.load(scales_ptr + blocks, mask=mask, other=0.0)
     packed_offs = rows[:, None] * (WIDTH // 2) + tl.arange(0, WIDTH // 2)[None, :]
-    pairs = tl.load(packed_ptr + packed_offs, mask=packed_offs * 2 < numel, other=0).to(tl.int32)
+    pairs = tl.load(packed_ptr + packed_offs, mask=packed_offs < num_bytes, other=0).to(tl.int32)
     # Sixteen floats: the gathers are served by the L1 cache.
     first = tl.load(levels_ptr + (pairs >> 4)) * absmax[:, None]
     second = tl.load(levels_ptr + (pairs & 15)) * absmax[:, None]
@@ -150,6 +150,7 @@ def quantize_4bit(weight, *, block_size=64, quant_type="nf4"):
             _table("thresholds", quant_type, device),
             _table("codes_by_rank", quant_type, device),
             numel,
+            packed.numel(),
             SIZE=block_size,
             BLOCKS=blocks,
             IS_SORTED=quant_type == "nf4",
@@ -198,6 +199,7 @@ def _dequantize_into(out, packed, scales, nested, block_size, quant_type):
             _table("levels", quant_type, packed.device),
             out,
             numel,
+            packed.numel(),
             SIZE=block_size,
             WIDTH=width,
             ROWS=rows,
