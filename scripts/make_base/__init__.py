@@ -1,0 +1,1 @@
+"""Makes the base model that the package embeds: text, tokenizer, training, model card."""
