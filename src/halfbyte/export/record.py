@@ -53,11 +53,12 @@ def recorded_recipe(adapter: AdapterFiles) -> Recipe | None:
     saved = adapter.identity.get("quantization")
     if saved is None:
         return None
-    # bitsandbytes' settings know neither block size nor dtype; the base's fingerprint does.
+    # bitsandbytes' settings know neither block size nor dtype; the base's fingerprint does, as
+    # nf4-64-torch.bfloat16.
     fingerprint = (adapter.identity.get("base") or {}).get("fingerprint") or {}
-    traits = str(fingerprint.get("quantization", "")).split("-")
     config = NF4Config(**saved)
-    if len(traits) != 4:
+    if "quantization" not in fingerprint:
         return Recipe(config)
-    config.block_size = int(traits[1])
-    return Recipe(config, to_dtype("dtype", traits[3]))
+    _, block_size, dtype = fingerprint["quantization"].split("-")
+    config.block_size = int(block_size)
+    return Recipe(config, to_dtype("dtype", dtype))
