@@ -8,7 +8,7 @@ from halfbyte.kernels.adamw import adamw8bit_step_, adamw_step_
 
 SETTINGS = {"lr": 1e-2, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.1}
 # Short last block, several chunks of the reference.
-SIZES = [1, 255, 256, 3001, 256 * 1024 + 77]
+SIZES = [1, 255, 256, 3001, 256 * 4096 + 77]
 
 
 def triton_twin(name):

@@ -24,8 +24,8 @@ from halfbyte.kernels.dispatch import accelerated
 BLOCK_SIZE = 256
 # Index of 0 in the signed map.
 _SIGNED_ZERO = 127
-# Elements of one pass: its temporaries stay in the cache of a core.
-_CHUNK = BLOCK_SIZE * 1024
+# Elements that temporaries are made of at once.
+_CHUNK = BLOCK_SIZE * 4096
 
 
 @accelerated
@@ -60,8 +60,9 @@ def adamw_step_(  # noqa: PLR0913 - the state of AdamW and its settings
         grad_scale: Factor of the gradient, as of clipping; a tensor stays where it is.
     """
     is_scaled = isinstance(grad_scale, torch.Tensor) or grad_scale != 1.0
-    for start in range(0, param.numel(), _CHUNK):
-        chunk = slice(start, start + _CHUNK)
+    size = _CHUNK if is_scaled else max(param.numel(), 1)
+    for start in range(0, param.numel(), size):
+        chunk = slice(start, start + size)
         scaled = grad[chunk] * grad_scale if is_scaled else grad[chunk]
         torch_adamw(
             [param[chunk]],
