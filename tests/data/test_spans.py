@@ -1,6 +1,10 @@
 """What is learned is what the assistant said and its stop token, to the letter."""
 
+import re
+from pathlib import Path
+
 import pytest
+import trl
 
 from halfbyte.data.chat import ChatEncoder
 from halfbyte.data.formats import Example
@@ -289,6 +293,45 @@ def test_the_prompt_is_what_serving_sends(make_tokenizer):
         assert encoder.tokenizer.decode(row.input_ids[:first]) == prompt, family
 
 
+TRL = Path(trl.__file__).parent / "chat_templates"
+# They take content as a list of images and texts only.
+VISION = ("idefics3", "llava_next", "smolvlm")
+SPECIAL = re.compile(
+    r"<\|[A-Za-z_/0-9]+\|>|<\uff5c[^\uff5c\n]{1,40}\uff5c>|\[/?[A-Z_]{3,}\]"
+    r"|<(?:start|end)_of_turn>|<turn\|>|<\|turn>|<eos>|<channel\|>|<\|channel>"
+)
+
+
+@pytest.mark.parametrize(
+    "name",
+    sorted(
+        path.stem
+        for path in TRL.glob("*.jinja")
+        if not path.stem.removesuffix("_training").startswith(VISION)
+    ),
+)
+def test_templates_that_trl_carries(name, make_tokenizer, learned):
+    """Each family's own template, and trl's variant with markers, teach answers and stop tokens."""
+    template = (TRL / f"{name}.jinja").read_text()
+    special = tuple(sorted(set(SPECIAL.findall(template)) - {"<s>", "</s>"}))
+    tokenizer = make_tokenizer(special=special, template=template)
+    encoder = ChatEncoder(tokenizer, None, loss_on="assistant")
+    answers = ("Four.", "Sat, 12345.", "In\n\nFrance \U0001f408")
+    messages = [
+        {"role": role, "content": content}
+        for answer in answers
+        for role, content in (("user", "What?"), ("assistant", answer))
+    ]
+    texts = [text for row in encode(encoder, messages) for text in learned(tokenizer, row)]
+    assert len(texts) == 3
+    for text, said in zip(texts, answers, strict=True):
+        answer, stop = text.split(said)
+        assert SPECIAL.sub("", stop).strip() in ("", "</s>")
+        # What comes before it is the turn's own frame: a header, an empty think block.
+        frame = SPECIAL.sub("", answer)
+        assert re.sub(r"</?think>|assistant|final|to=user|\s", "", frame) == ""
+
+
 def test_reasoning_is_learned_where_it_is_generated(make_tokenizer, learned):
     encoder = encoder_of(make_tokenizer, "qwen-3")
     messages = [
@@ -346,6 +389,15 @@ def test_a_template_that_drops_what_the_assistant_says_is_refused(make_tokenizer
     assert "keeps it" in error.value.hint
 
 
+def test_tool_calls_and_reasoning_that_the_template_drops_are_refused(make_tokenizer):
+    encoder = encoder_of(make_tokenizer, "llama-3")
+    call = {"type": "function", "function": {"name": "add", "arguments": {"a": 2}}}
+    for field, lost in (({"tool_calls": [call]}, "add"), ({"reasoning_content": "why"}, "why")):
+        messages = [THREE_TURNS[0], {"role": "assistant", "content": "Four.", **field}]
+        with pytest.raises(DataError, match=f"drops part .* turn 2: '{lost}'"):
+            encode(encoder, messages)
+
+
 def test_what_the_template_refuses_is_an_error_with_the_row(make_tokenizer):
     encoder = encoder_of(make_tokenizer, "gemma")
     with pytest.raises(DataError, match=r"row 1: .*System role not supported"):
@@ -367,7 +419,8 @@ def test_stop_is_what_stays_when_a_turn_follows(make_tokenizer):
     assert stops["phi-3"] == "<|end|>"
     assert stops["llama-3"] == "<|eot_id|>"
     assert stops["mistral"] == "</s>"
-    assert stops["gpt-oss"] is None
+    assert stops["qwen-3"] == "<|im_end|>"
+    assert stops["gpt-oss"] == "<|return|>"
     assert stops["falcon"] is None
 
 

@@ -77,7 +77,7 @@ def _too_long(
 ) -> DataError:
     lengths = rows.lengths
     longest = int(lengths.argmax())
-    limits = {int(np.percentile(lengths, p, method="higher")): p for p in (100, 99.9, 99)}
+    limits = {int(np.percentile(lengths, p, method="higher")): p for p in (99, 99.9, 100)}
     advice = ", ".join(
         f"{limit} (keeps {share:g} % of rows whole)"
         for limit, share in sorted(limits.items())

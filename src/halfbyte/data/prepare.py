@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -84,7 +85,7 @@ def prepare(
             (with `over_length: error`), or nothing would be learned.
     """
     started = time.perf_counter()
-    with progress_bars(shown=False):
+    with progress_bars(shown=sys.stderr.isatty() if progress is None else progress):
         source = _source(config, rows, eval_source=False)
         held_out = _source(config, eval_rows, eval_source=True)
     if source is None:
@@ -133,7 +134,8 @@ def _source(config: DataConfig, rows: InMemory | None, *, eval_source: bool) -> 
         path, split = config.eval_path or config.path, config.eval_split
     if path is None:
         return None
-    return load_source(path, name=config.name, split=split, cache_dir=config.cache_dir)
+    name = config.name if path == config.path else None
+    return load_source(path, name=name, split=split, cache_dir=config.cache_dir)
 
 
 def _tokenize(

@@ -145,16 +145,21 @@ class Renderer:
 
     @cached_property
     def stop(self) -> str | None:
-        """The token at the end of an assistant turn that stays there when a turn follows."""
+        """The token that ends an assistant turn, and stays there when a turn follows, if one does.
+
+        Phi-3 ends turns with <|end|>, and a conversation with <|end|> and the EOS: <|end|> stops.
+        """
         said = [{"role": "user", "content": "x"}, {"role": "assistant", "content": PROBE}]
         try:
             text = self.render(said)
             longer = self.render([*said, {"role": "user", "content": "x"}])
         except DataError:
             return None
-        tokens = self._trailing_tokens(text, text.rfind(PROBE) + 1)
-        tokens = [(a, b) for a, b in tokens if longer.startswith(text[:b])]
-        return text[slice(*tokens[-1])] if tokens else None
+        floor = text.rfind(PROBE) + 1
+        following = longer[longer.rfind(PROBE) + 1 :]
+        tokens = self._trailing_tokens(text, floor)
+        kept = [(a, b) for a, b in tokens if following.startswith(text[floor:b])]
+        return text[slice(*(kept or tokens)[-1])] if tokens else None
 
     @cached_property
     def _marked_template(self) -> str | None:
@@ -195,7 +200,7 @@ class Renderer:
             return None
         spans, needs_eos = [], False
         for turn, (start, end) in zip(turns, marks, strict=True):
-            if needs_eos or not _survives(messages[turn], text[start:end]):
+            if needs_eos or _lost(messages[turn], text[start:end]):
                 return None
             stop = self._stop_of_mark(text, start, end)
             needs_eos = stop is None
@@ -210,17 +215,21 @@ class Renderer:
         """Return the row that teaches the last message, an assistant's."""
         text = self.render(messages, tools)
         start = self._start(messages, tools, text)
-        if not _survives(messages[-1], text[start:]):
+        if lost := _lost(messages[-1], text[start:]):
             raise DataError(
                 f"the chat template drops part of what the assistant says in turn {len(messages)}: "
-                f"{str(messages[-1].get('content'))[:60]!r}",
+                f"{lost[:60]!r}",
                 hint="choose a chat_template that keeps it, or take it out of the data",
             )
         end = self._stop_end(text, start)
         if end is None:
             end = max(start, _content_end(text, messages[-1]))
             return Rendered(text[:end], ((start, end),), needs_eos=True)
-        marks = [(max(a, start), b) for a, b in self._marks(messages, tools, text) if b > start]
+        marks = [
+            (max(a, start), min(b, end))
+            for a, b in self._marks(messages, tools, text)
+            if b > start and a < end
+        ]
         if marks:
             marks[-1] = (marks[-1][0], end)
         return Rendered(text, tuple(marks) or ((start, end),))
@@ -295,10 +304,17 @@ def _content_end(text: str, message: Message) -> int:
     return end if content and not text[end:].strip() else len(text.rstrip())
 
 
-def _survives(message: Message, text: str) -> bool:
-    """Whether all that the message says is in `text`, whitespace apart."""
-    content = message.get("content") or ""
-    return content in text or "".join(content.split()) in "".join(text.split())
+def _lost(message: Message, text: str) -> str | None:
+    """Return something that the message says and `text` does not, whitespace apart."""
+    said = [message.get("content"), *(message.get(name) for name in _REASONING)]
+    calls = message.get("tool_calls") or []
+    said += [call.get("function", call).get("name") for call in calls if isinstance(call, dict)]
+    for part in said:
+        if isinstance(part, str) and part not in text:
+            squeezed = "".join(text.split())
+            if "".join(part.split()) not in squeezed:
+                return part
+    return None
 
 
 def _chain(rows: Sequence[Rendered]) -> list[Rendered]:

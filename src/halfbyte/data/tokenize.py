@@ -65,7 +65,7 @@ def tokenize(
     folder = Path(cache_dir or Path(datasets.config.HF_DATASETS_CACHE) / "halfbyte") / key
     hint = "set cache_dir to a folder that can be written to, or delete it to begin afresh"
     try:
-        was_there = folder.is_dir() and any(folder.iterdir())
+        was_there = any(folder.glob("tokens*.arrow"))
         folder.mkdir(parents=True, exist_ok=True)
         with progress_bars(shown=sys.stderr.isatty() if progress is None else progress):
             tokens = source.rows.map(
