@@ -10,8 +10,9 @@ from halfbyte.adapters.files import AdapterFiles, read_adapter_files
 from halfbyte.adapters.inject import add_lora
 from halfbyte.adapters.io import save_adapter
 from halfbyte.errors import AdapterError, CheckpointError
-from halfbyte.export.record import find_base, recorded_recipe
+from halfbyte.export.record import check_base, find_base, recorded_recipe
 from halfbyte.models.load import load
+from halfbyte.models.skeleton import read_skeleton
 from halfbyte.quant.config import NF4Config
 
 
@@ -50,6 +51,19 @@ def test_a_base_in_16_bits_has_no_recipe(tiny_base, tmp_path):
     model, _ = load(tiny_base, quant=None, device="cpu")
     save_adapter(add_lora(model, r=2), tmp_path / "adapter")
     assert recorded_recipe(read_adapter_files(tmp_path / "adapter")) is None
+
+
+@pytest.mark.parametrize("quant", [None, NF4Config()])
+def test_another_base_is_refused(tiny_base, make_base, tmp_path, quant):
+    model, _ = load(tiny_base, quant=quant, device="cpu")
+    save_adapter(add_lora(model, r=2), tmp_path / "adapter")
+    files = read_adapter_files(tmp_path / "adapter")
+    check_base(files, read_skeleton(tiny_base))
+    with pytest.raises(AdapterError, match="trained on another base"):
+        check_base(files, read_skeleton(make_base(initializer_range=0.2)))
+    (tmp_path / "adapter" / "halfbyte.json").unlink()
+    files = read_adapter_files(tmp_path / "adapter")
+    check_base(files, read_skeleton(make_base(initializer_range=0.2)))
 
 
 def test_an_adapter_that_says_nothing_is_not_guessed_at():

@@ -12,7 +12,7 @@ second. Adapters, trained copies and biases (which peft may train) do not count.
 """
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -30,7 +30,8 @@ def base_fingerprint(model: nn.Module) -> dict[str, str] | None:
 
     Keys: `kept`, and `quantized` with `quantization` (its settings) for a 4-bit base.
     """
-    kept, quantized = hashlib.sha256(), hashlib.sha256()
+    kept: list[tuple[str, Tensor]] = []
+    quantized = hashlib.sha256()
     settings = ""
     for name, module in _base_modules(model):
         weight = module._parameters.get("weight")
@@ -42,12 +43,30 @@ def base_fingerprint(model: nn.Module) -> dict[str, str] | None:
             value = module.quantized
             settings = f"{value.quant_type}-{value.block_size}-{value.dtype}"
             quantized.update(f"{name} {tuple(value.shape)}".encode() + _sample(weight))
-        elif isinstance(module, nn.Embedding) or weight.dim() == 1:
-            kept.update(f"{name} {tuple(weight.shape)}".encode() + _sample(weight))
-    found = {"kept": kept.hexdigest()}
+        elif is_kept(module):
+            kept.append((name, weight))
+    found = {"kept": kept_fingerprint(kept)}
     if settings:
         found |= {"quantized": quantized.hexdigest(), "quantization": settings}
     return found
+
+
+def is_kept(module: nn.Module) -> bool:
+    """Whether a module's weight counts as one that no quantizer touches."""
+    weight = module._parameters.get("weight")
+    return weight is not None and (isinstance(module, nn.Embedding) or weight.dim() == 1)
+
+
+def kept_fingerprint(weights: Iterable[tuple[str, Tensor]]) -> str:
+    """Return the digest `kept` of a base whose tensors are on disk.
+
+    Args:
+        weights: Module names and weights of embeddings and norms, in the order of `named_modules`.
+    """
+    digest = hashlib.sha256()
+    for name, weight in weights:
+        digest.update(f"{name} {tuple(weight.shape)}".encode() + _sample(weight))
+    return digest.hexdigest()
 
 
 def is_same_base(first: dict[str, Any], second: dict[str, Any]) -> bool:

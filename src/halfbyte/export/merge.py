@@ -28,7 +28,7 @@ from halfbyte.export.adapter import updates_by_tensor
 from halfbyte.export.base import BaseWeights, Recipe
 from halfbyte.export.companions import copy_companions, write_config
 from halfbyte.export.plan import Plan, Step, make_plan
-from halfbyte.export.record import find_base, recorded_recipe
+from halfbyte.export.record import check_base, find_base, recorded_recipe
 from halfbyte.export.updates import EmbeddingUpdate, LoraUpdate
 from halfbyte.models.skeleton import Skeleton, conv1d_weights, read_skeleton
 from halfbyte.quant.config import NF4Config
@@ -160,6 +160,7 @@ def merge(
     files = read_adapter_files(adapter)
     folder = find_base(files, base)
     skeleton = read_skeleton(folder)
+    check_base(files, skeleton)
     recipe = _recipe(files, onto, quant, is_packed=bool(skeleton.packed))
     weights = BaseWeights(skeleton, recipe)
     updates = updates_by_tensor(files, conv1d_weights(skeleton.model))

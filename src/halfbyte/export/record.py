@@ -6,10 +6,12 @@ adapter_config.json names the base too.
 
 from pathlib import Path
 
-from halfbyte.adapters.files import AdapterFiles
+from halfbyte.adapters.files import IDENTITY_FILE, AdapterFiles
+from halfbyte.adapters.identity import is_kept, kept_fingerprint
 from halfbyte.errors import AdapterError, CheckpointError
 from halfbyte.export.base import Recipe
 from halfbyte.models.folder import find_folder
+from halfbyte.models.skeleton import Skeleton
 from halfbyte.quant.config import NF4Config, to_dtype
 
 
@@ -39,6 +41,31 @@ def find_base(adapter: AdapterFiles, base: str | Path | None = None) -> Path:
         ) from error
 
 
+def check_base(adapter: AdapterFiles, skeleton: Skeleton) -> None:
+    """Refuse a base that is not the one below which the adapter was trained.
+
+    Raises:
+        AdapterError: its embeddings and norms differ from those that training saw.
+    """
+    recorded = _fingerprint(adapter).get("kept")
+    on_disk = {there: name for name, there in skeleton.names.items()}
+    kept = [name for name, module in skeleton.model.named_modules() if is_kept(module)]
+    if recorded is None or any(f"{name}.weight" not in on_disk for name in kept):
+        return
+    weights = ((name, skeleton.reader.tensor(on_disk[f"{name}.weight"])) for name in kept)
+    if kept_fingerprint(weights) != recorded:
+        raise AdapterError(
+            f"the adapter in {adapter.folder} was trained on another base than "
+            f"{skeleton.reader.folder}: embeddings and norms differ",
+            hint="name its own base with base=...; if you know that this one fits, remove "
+            f"{IDENTITY_FILE} beside the adapter",
+        )
+
+
+def _fingerprint(adapter: AdapterFiles) -> dict[str, str]:
+    return (adapter.identity.get("base") or {}).get("fingerprint") or {}
+
+
 def recorded_recipe(adapter: AdapterFiles) -> Recipe | None:
     """Return how training held the base in 4 bits, None for 16 bits.
 
@@ -55,7 +82,7 @@ def recorded_recipe(adapter: AdapterFiles) -> Recipe | None:
         return None
     # bitsandbytes' settings know neither block size nor dtype; the base's fingerprint does, as
     # nf4-64-torch.bfloat16.
-    fingerprint = (adapter.identity.get("base") or {}).get("fingerprint") or {}
+    fingerprint = _fingerprint(adapter)
     config = NF4Config(**saved)
     if "quantization" not in fingerprint:
         return Recipe(config)
