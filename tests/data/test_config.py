@@ -31,3 +31,9 @@ def test_it_does_not_change():
     config = DataConfig(path="a")
     with pytest.raises(ValidationError, match="frozen"):
         config.max_length = 5
+
+
+def test_paths_are_text(tmp_path):
+    config = DataConfig(path=tmp_path / "a.jsonl", cache_dir=tmp_path)
+    assert config.path == str(tmp_path / "a.jsonl")
+    assert config.model_dump()["cache_dir"] == str(tmp_path)

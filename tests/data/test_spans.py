@@ -414,6 +414,51 @@ def test_a_template_whose_turns_cannot_be_found_is_refused(make_tokenizer):
         renderer.rows([THREE_TURNS[0], {"role": "assistant", "content": "xyz"}])
 
 
+@pytest.mark.parametrize(
+    ("template", "is_plain"),
+    [
+        (MARKED_WITHOUT_STOP, True),
+        (MARKED, False),  # in a macro
+        ("{% set x %}{% generation %}a{% endgeneration %}{% endset %}{{ x }}", False),
+        ("{% filter trim %}{% generation %}a{% endgeneration %}{% endfilter %}", False),
+    ],
+)
+def test_marks_are_compared_with_the_plain_text_where_they_could_change_it(
+    template, is_plain, make_tokenizer
+):
+    renderer = Renderer(make_tokenizer(template=template), None, loss_on="assistant")
+    assert renderer._marks_are_plain == is_plain
+
+
+def test_marks_that_change_the_text_are_not_used(make_tokenizer, learned):
+    # `trim` takes the space from the answer, but not from behind a mark.
+    template = (
+        "{% for m in messages %}{{ '<|im_start|>' + m.role + '\\n' }}{% filter trim %}"
+        "{% if m.role == 'assistant' %}{% generation %}{{ m.content }}{% endgeneration %}"
+        "{% else %}{{ m.content }}{% endif %}{% endfilter %}{{ '<|im_end|>\\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+    )
+    encoder = ChatEncoder(make_tokenizer(special=IM, template=template), None, loss_on="assistant")
+    messages = [THREE_TURNS[0], {"role": "assistant", "content": "  Four. "}]
+    (row,) = encode(encoder, messages)
+    assert learned(encoder.tokenizer, row) == ["Four.<|im_end|>"]
+
+
+def test_marks_have_the_scope_of_the_markers_they_stand_for(make_tokenizer):
+    template = (
+        "{% set x = 'outer' %}{% for m in messages %}{{ m.role }}:"
+        "{% generation %}{% set x = 'inner' %}{{ m.content }}{% endgeneration %}{{ x }}\n"
+        "{%- generation -%} {{ m.content }} {%- endgeneration -%}  .{% endfor %}"
+    )
+    tokenizer = make_tokenizer(template=template)
+    renderer = Renderer(tokenizer, None, loss_on="assistant")
+    text, spans = renderer._marked(THREE_TURNS[:2], None)
+    assert text == tokenizer.apply_chat_template(THREE_TURNS[:2], tokenize=False)
+    assert [text[a:b] for a, b in spans] == [
+        turn["content"] for turn in THREE_TURNS[:2] for _ in range(2)
+    ]
+
+
 def test_stop_is_what_stays_when_a_turn_follows(make_tokenizer):
     stops = {name: encoder_of(make_tokenizer, name).renderer.stop for name in FAMILIES}
     assert stops["phi-3"] == "<|end|>"

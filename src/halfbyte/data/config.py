@@ -4,9 +4,10 @@ The names are those of the configuration file; every field is also a `key=value`
 line. Nothing here touches a disk: `halfbyte.data.prepare` does.
 """
 
+import os
 from typing import Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 Format = Literal["auto", "messages", "sharegpt", "alpaca", "prompt_completion", "text"]
 LossOn = Literal["assistant", "completion", "all"]
@@ -52,6 +53,11 @@ class DataConfig(BaseModel):
     """Where tokenized data are kept; by default beside the `datasets` cache."""
     shuffle: bool = True
     """Draw a new order every epoch."""
+
+    @field_validator("path", "eval_path", "cache_dir", mode="before")
+    @classmethod
+    def _path_as_text(cls, value: object) -> object:
+        return os.fspath(value) if isinstance(value, os.PathLike) else value
 
     @model_validator(mode="after")
     def _one_source_of_held_out_rows(self) -> Self:

@@ -96,7 +96,7 @@ def from_rows(rows: Sequence[Mapping[str, Any]] | datasets.Dataset) -> Source:
     if isinstance(rows, datasets.Dataset):
         if not len(rows):
             raise DataError("the data set has no rows", hint="check how it was filtered")
-        return Source(rows, "the data set", rows._fingerprint)
+        return Source(rows.with_format(None), "the data set", rows._fingerprint)
     if isinstance(rows, (str, bytes, Mapping)):
         raise DataError(f"expected a list of dictionaries, got {type(rows).__name__}")
     source = _from_json(list(read_objects(rows)), "the list")

@@ -4,7 +4,8 @@ A chat template is a program; where its output came from the assistant is found 
 ways, each checked against the template's own output, and never guessed:
 
 1. The template marks it with `{% generation %}`. Each marker is replaced by a character that no
-   text holds, so that it travels with the text; taken out again, the plain rendering must remain.
+   text holds, so that it travels with the text; taken out again, the plain rendering must remain
+   (checked for each row, unless the template's syntax tree shows that it cannot be otherwise).
 2. The conversation up to the turn, with the generation prompt, is a prefix of the conversation
    through the turn. What follows the prefix is what the model is asked to write.
 3. Where the generation prompt is not a prefix (some write `<think>` there), the turn is rendered
@@ -20,6 +21,7 @@ is there; then the conversation becomes several rows, each ending at the last tu
                            <u>u1<a>a1<eot><u>u2<a>THINK a2<eot>           a2 learned
 """
 
+import itertools
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -27,6 +29,7 @@ from functools import cached_property
 from typing import Any
 
 import jinja2
+from jinja2 import nodes
 from transformers import PreTrainedTokenizerBase
 
 from halfbyte.data.formats import Message
@@ -163,39 +166,51 @@ class Renderer:
 
     @cached_property
     def _marked_template(self) -> str | None:
-        """The template with each generation marker replaced by a private character."""
+        """The template with private characters written where its generation markers are."""
         source = self.template or self.tokenizer.get_chat_template()
 
         def replace(match: re.Match[str]) -> str:
             left, end, right = match.groups()
-            mark = _MARK_END if end else _MARK_START
-            # Two empty tags keep the whitespace control that the marker had on either side.
-            return f"{{%{left} set _mark = 0 %}}{{{{ '{mark}' }}}}{{% set _mark = 0 {right}%}}"
+            # Two tags: each side keeps its whitespace control. `with` is a scope, as the marker is.
+            if end:
+                return f"{{%{left} endif %}}{{{{ '{_MARK_END}' }}}}{{% endwith {right}%}}"
+            return f"{{%{left} with %}}{{{{ '{_MARK_START}' }}}}{{% if true {right}%}}"
 
         marked, count = _GENERATION.subn(replace, source)
         return marked if count else None
 
-    def _marks(self, messages: list[Message], tools: Any, text: str) -> list[Span]:
-        """Return the marked spans of `text`, or none if taking the marks out gives another text."""
-        if self._marked_template is None:
-            return []
+    @cached_property
+    def _marks_are_plain(self) -> bool:
+        """Whether every mark goes straight to the output, so that it cannot change what is there.
+
+        Inside a macro, a `set` block or a filter it might: `trim` stops at it.
+        """
+        environment = jinja2.Environment(extensions=["jinja2.ext.loopcontrols"], autoescape=True)
+        tree = environment.parse(self._marked_template or "")
+        kinds = (nodes.Macro, nodes.CallBlock, nodes.FilterBlock, nodes.AssignBlock)
+        return not any(
+            constant.value in (_MARK_START, _MARK_END)
+            for block in tree.find_all(kinds)
+            for constant in block.find_all(nodes.Const)
+        )
+
+    def _marked(self, messages: list[Message], tools: Any) -> tuple[str, list[Span]]:
+        """Return the rendered text and its marked spans: none if the marks changed the text."""
         marked = self.render(messages, tools, template=self._marked_template)
         parts = re.split(f"([{_MARK_START}{_MARK_END}])", marked)
-        pairs = [_MARK_START, _MARK_END] * (len(parts) // 4)
-        if "".join(parts[::2]) != text or parts[1::2] != pairs:
-            return []
-        position, edges = 0, []
-        for part in parts[::2]:
-            position += len(part)
-            edges.append(position)
-        return [(a, b) for a, b in zip(edges[:-1:2], edges[1:-1:2], strict=True) if a < b]
+        text = "".join(parts[::2])
+        if parts[1::2] != [_MARK_START, _MARK_END] * (len(parts) // 4):
+            return text, []
+        if not self._marks_are_plain and text != self.render(messages, tools):
+            return text, []
+        edges = list(itertools.accumulate(len(part) for part in parts[::2]))
+        return text, [(a, b) for a, b in zip(edges[:-1:2], edges[1::2], strict=True) if a < b]
 
     def _marked_row(self, messages: list[Message], turns: list[int], tools: Any) -> Rendered | None:
         """Return the whole conversation as one row, if its markers fit its turns one to one."""
         if self._marked_template is None:
             return None
-        text = self.render(messages, tools)
-        marks = self._marks(messages, tools, text)
+        text, marks = self._marked(messages, tools)
         if len(marks) != len(turns):
             return None
         spans, needs_eos = [], False
@@ -225,14 +240,11 @@ class Renderer:
         if end is None:
             end = max(start, _content_end(text, messages[-1]))
             return Rendered(text[:end], ((start, end),), needs_eos=True)
-        marks = [
-            (max(a, start), min(b, end))
-            for a, b in self._marks(messages, tools, text)
-            if b > start and a < end
-        ]
-        if marks:
-            marks[-1] = (marks[-1][0], end)
-        return Rendered(text, tuple(marks) or ((start, end),))
+        spans = self._marked(messages, tools)[1] if self._marked_template else []
+        spans = [(max(a, start), min(b, end)) for a, b in spans if b > start and a < end]
+        if spans:
+            spans[-1] = (spans[-1][0], end)
+        return Rendered(text, tuple(spans) or ((start, end),))
 
     def _start(self, messages: list[Message], tools: Any, text: str) -> int:
         """Return where in `text` the last message begins to be the assistant's own."""
