@@ -132,7 +132,6 @@ def test_a_dense_base_and_partly_adapted_layers_work_too():
 @pytest.mark.parametrize(
     ("lora", "reason"),
     [
-        ({"lora_dropout": 0.1}, "dropout"),
         ({"use_dora": True}, "DoRA"),
         ({"lora_bias": True}, "bias"),
     ],
@@ -146,3 +145,44 @@ def test_an_unknown_memory_setting_is_refused():
     body = _model().get_base_model().model
     with pytest.raises(ConfigError, match="auto"):
         FusedBody(body, memory="huge")
+
+
+@pytest.mark.parametrize("memory", ["fast", "lean", 40_000])
+def test_dropout_gradients_are_those_of_the_masks_that_the_forward_drew(memory):
+    """Finite differences in float64: whatever the masks are, both passes must use the same."""
+    model = _model(quantized=False, dtype=torch.float64, lora_dropout=0.3).double().train()
+    fused = FusedBody(model.get_base_model().model, memory=memory)
+    ids = torch.randint(0, 96, (1, 7))
+    weight = torch.randn(1, 7, 128, dtype=torch.float64)
+
+    def loss():
+        torch.manual_seed(5)
+        return (fused(ids)[0] * weight).sum()
+
+    model.zero_grad()
+    value = loss()
+    value.backward()
+    torch.manual_seed(6)
+    assert fused(ids)[0].mul(weight).sum().item() != pytest.approx(value.item(), rel=1e-6)
+    named = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    for name in ("layers.0.self_attn.q_proj.lora_A", "layers.1.self_attn.o_proj.lora_A",
+                 "layers.1.mlp.up_proj.lora_A", "layers.0.mlp.down_proj.lora_A",
+                 "layers.0.mlp.down_proj.lora_B"):  # fmt: skip
+        parameter = next(p for n, p in named.items() if name in n)
+        direction = torch.randn_like(parameter)
+        with torch.no_grad():
+            parameter += 2e-3 * direction
+            up = loss()
+            parameter -= 4e-3 * direction
+            down = loss()
+            parameter += 2e-3 * direction
+        slope = ((up - down) / 4e-3).item()
+        assert slope == pytest.approx((parameter.grad * direction).sum().item(), rel=5e-3)
+
+
+def test_nothing_is_dropped_in_evaluation():
+    model = _model(lora_dropout=0.5).eval()
+    body = model.get_base_model().model
+    ids = torch.randint(0, 96, (1, 7))
+    with torch.no_grad():
+        assert _error(FusedBody(body)(ids)[0], body(ids, use_cache=False)[0]) < 1e-5

@@ -88,18 +88,19 @@ class IntoAttention(torch.autograd.Function):
         norm_weight: Tensor,
         cos: Tensor,
         sin: Tensor,
+        seed: Tensor | None,
         *adapters: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Return x `[T, H]` again, q `[T, heads, D]`, k and v `[T, key-value heads, D]`."""
         _, normed = add_rms_norm(x, None, norm_weight, shape.input_eps, columns=qkv.rank)
         wide = qkv.wide(x)
-        xa = qkv.down_(normed, wide)
+        xa = qkv.down_(normed, wide, seed)
         out = qkv.forward(normed, wide, x.new_empty(x.shape[0], qkv.outputs))
         heads = out.view(x.shape[0], -1, shape.head_dim)
         num_rotated = shape.num_heads + shape.num_key_value_heads
         rope_(heads, cos, sin, num_rotated)
         ctx.qkv, ctx.shape = qkv, shape
-        ctx.save_for_backward(x, xa, norm_weight, cos, sin)
+        ctx.save_for_backward(x, xa, norm_weight, cos, sin, seed)
         query = heads[:, : shape.num_heads]
         key = heads[:, shape.num_heads : num_rotated]
         return x.view_as(x), query, key, heads[:, num_rotated:]
@@ -108,23 +109,23 @@ class IntoAttention(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         """Return the gradients of x and of the adapters."""
         grad_x, grad_query, grad_key, grad_value = grads
-        x, xa, norm_weight, cos, sin = ctx.saved_tensors
+        x, xa, norm_weight, cos, sin, seed = ctx.saved_tensors
         qkv, shape = ctx.qkv, ctx.shape
         grad_wide = x.new_empty(x.shape[0], qkv.outputs + qkv.rank)
         rope_backward(grad_query, grad_key, grad_value, cos, sin, grad_wide)
         wide = qkv.wide(x)
         qkv.up_(grad_wide, wide)
         _, normed = add_rms_norm(x, None, norm_weight, shape.input_eps)
-        adapters = pairs(qkv.grad_A(grad_wide, normed), qkv.grad_B(grad_wide, xa))
+        adapters = pairs(qkv.grad_A(grad_wide, normed, seed), qkv.grad_B(grad_wide, xa))
         del normed
         if not ctx.needs_input_grad[0]:  # below the first layer is only the frozen embedding
-            return None, None, None, None, None, None, *adapters
-        grad_normed = qkv.backward_input(grad_wide, wide)
+            return *[None] * 7, *adapters
+        grad_normed = qkv.backward_input(grad_wide, wide, seed)
         del wide, grad_wide
         grad_x = rms_norm_backward(
             grad_normed, x, norm_weight, shape.input_eps, grad_x, columns=qkv.rank
         )
-        return grad_x[:, : x.shape[1]], None, None, None, None, None, *adapters
+        return grad_x[:, : x.shape[1]], *[None] * 6, *adapters
 
 
 class OutOfAttention(torch.autograd.Function):
@@ -139,25 +140,26 @@ class OutOfAttention(torch.autograd.Function):
         shape: BlockShape,
         norm_weight: Tensor,
         keep: Keep,
+        seed: Tensor | None,
         *adapters: Tensor,
     ) -> Tensor:
         """Return y `[T, H]` from attention `[T, heads * D]` and x `[T, H]`."""
-        mid, o_xa, normed = _middle(attention, x, weights, shape, norm_weight)
-        gate_up, gate_up_xa = _gate_up(normed, weights.gate_up)
+        mid, o_xa, normed = _middle(attention, x, weights, shape, norm_weight, seed)
+        gate_up, gate_up_xa = _gate_up(normed, weights.gate_up, seed)
         del normed
         down = weights.down
         hidden = gated_forward(
             gate_up, shape.intermediate_size, shape.activation, columns=down.rank
         )
         wide = down.wide(x)
-        down_xa = down.down_(hidden, wide)
+        down_xa = down.down_(hidden, wide, seed)
         y = x.new_empty(x.shape)
         if not keep.is_again:
             down.forward(hidden, wide, y)
             y += mid
         ctx.weights, ctx.shape, ctx.everything = weights, shape, keep.everything
         kept = (mid, o_xa, gate_up, gate_up_xa) if keep.everything else (x,)
-        ctx.save_for_backward(attention, norm_weight, down_xa, *kept)
+        ctx.save_for_backward(attention, norm_weight, down_xa, seed, *kept)
         return y
 
     @staticmethod
@@ -165,20 +167,22 @@ class OutOfAttention(torch.autograd.Function):
         """Return the gradients of attention, x and the adapters."""
         grad_y = grads[0]
         weights, shape = ctx.weights, ctx.shape
-        attention, norm_weight, down_xa, *kept = ctx.saved_tensors
+        attention, norm_weight, down_xa, seed, *kept = ctx.saved_tensors
         if ctx.everything:
             mid, o_xa, gate_up, gate_up_xa = kept
         else:
-            mid, o_xa, normed = _middle(attention, kept[0], weights, shape, norm_weight)
-            gate_up, gate_up_xa = _gate_up(normed, weights.gate_up)
+            mid, o_xa, normed = _middle(attention, kept[0], weights, shape, norm_weight, seed)
+            gate_up, gate_up_xa = _gate_up(normed, weights.gate_up, seed)
             del normed
-        grads_B, grads_down = _backward_gated(grad_y, down_xa, gate_up, gate_up_xa, weights, shape)
+        grads_B, grads_down = _backward_gated(
+            grad_y, down_xa, gate_up, gate_up_xa, weights, shape, seed
+        )
         group, grad_gate_up = weights.gate_up, gate_up
         wide = group.wide(grad_y)
         group.up_(grad_gate_up, wide)
-        grad_normed = group.backward_input(grad_gate_up, wide)
+        grad_normed = group.backward_input(grad_gate_up, wide, seed)
         _, normed = add_rms_norm(mid, None, norm_weight, shape.post_eps)
-        grads_group = pairs(group.grad_A(grad_gate_up, normed), grads_B)
+        grads_group = pairs(group.grad_A(grad_gate_up, normed, seed), grads_B)
         del normed, grad_gate_up, gate_up, wide
         o, size = weights.o, mid.shape[1]
         grad_wide = rms_norm_backward(
@@ -187,29 +191,34 @@ class OutOfAttention(torch.autograd.Function):
         del grad_normed
         wide = o.wide(grad_y)
         o.up_(grad_wide, wide)
-        grad_attention = o.backward_input(grad_wide, wide)
-        grads_o = pairs(o.grad_A(grad_wide, attention), o.grad_B(grad_wide[:, :size], o_xa))
+        grad_attention = o.backward_input(grad_wide, wide, seed)
+        grads_o = pairs(o.grad_A(grad_wide, attention, seed), o.grad_B(grad_wide[:, :size], o_xa))
         adapters = (*grads_o, *grads_group, *grads_down)
-        return grad_attention, grad_wide[:, :size], None, None, None, None, *adapters
+        return grad_attention, grad_wide[:, :size], *[None] * 5, *adapters
 
 
 def _middle(
-    attention: Tensor, x: Tensor, weights: OutWeights, shape: BlockShape, norm_weight: Tensor
+    attention: Tensor,
+    x: Tensor,
+    weights: OutWeights,
+    shape: BlockShape,
+    norm_weight: Tensor,
+    seed: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the residual after attention, o's `x A^T`, and the residual normed (with a border)."""
     o = weights.o
     wide = o.wide(x)
     attention_wide = with_border(attention, o.rank)
-    o_xa = o.down_(attention_wide, wide)
+    o_xa = o.down_(attention_wide, wide, seed)
     delta = o.forward(attention_wide, wide, x.new_empty(x.shape))
     mid, normed = add_rms_norm(x, delta, norm_weight, shape.post_eps, columns=weights.gate_up.rank)
     return mid, o_xa, normed
 
 
-def _gate_up(normed: Tensor, group: Siblings) -> tuple[Tensor, Tensor]:
+def _gate_up(normed: Tensor, group: Siblings, seed: Tensor | None) -> tuple[Tensor, Tensor]:
     """Return gate and up side by side, with room for the backward's border, and their `x A^T`."""
     wide = group.wide(normed)
-    xa = group.down_(normed, wide)
+    xa = group.down_(normed, wide, seed)
     gate_up = normed.new_empty(normed.shape[0], group.outputs + group.rank)
     group.forward(normed, wide, gate_up[:, : group.outputs])
     return gate_up, xa
@@ -222,17 +231,19 @@ def _backward_gated(
     gate_up_xa: Tensor,
     weights: OutWeights,
     shape: BlockShape,
+    seed: Tensor | None,
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Turn `gate_up` into its gradient; return that of B of gate and up, and down's adapter's."""
     down, group = weights.down, weights.gate_up
     grad_wide = with_border(grad_y, down.rank)
     wide = down.wide(grad_y)
     down.up_(grad_wide, wide)
-    grad_hidden = down.backward_input(grad_wide, wide)
+    grad_hidden = down.backward_input(grad_wide, wide, seed)
     grad_B = down.grad_B(grad_wide[:, : down.outputs], down_xa)
     gate_B, up_B, down_A = gated_backward_(
         gate_up, grad_hidden, gate_up_xa, grad_wide[:, down.outputs :],
         shape.intermediate_size, shape.activation,
+        down.mask(seed),
     )  # fmt: skip
     gate, up = group.projections
     both = ((gate_B[:, : gate.rank], gate), (up_B[:, gate.rank : gate.rank + up.rank], up))

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from halfbyte.engine import policy
 from halfbyte.engine.attention import Layout, backends
 from halfbyte.engine.graph import Graphs
-from halfbyte.engine.layer import ACTIVATIONS, FusedLayer
+from halfbyte.engine.layer import ACTIVATIONS, FusedLayer, dropout_of
 from halfbyte.errors import ConfigError
 
 _LAYERS = ("LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer")
@@ -41,7 +41,9 @@ class FusedBody:
             raise ConfigError(f"expected memory of {_MEMORY} or a number of bytes, got {memory!r}")
         self.model = model
         self.memory = memory
-        self.layers = [FusedLayer(layer, model.config) for layer in model.layers]
+        self.layers = [
+            FusedLayer(layer, model.config, index) for index, layer in enumerate(model.layers)
+        ]
         self._levels: dict[int, list[str]] = {}
         adapters = [t for layer in self.layers for t in layer.adapters if t.requires_grad]
         self._graphs = Graphs(self._run_layers, adapters)
@@ -67,14 +69,24 @@ class FusedBody:
         embeddings = self.model.rotary_emb(hidden, position_ids=position_ids)
         cos, sin = (t.expand(batch, length, -1).flatten(0, 1).contiguous() for t in embeddings)
         layout = layout or Layout(batch, length, max_length=length)
-        x = self._graphs(hidden.flatten(0, 1), cos, sin, layout)
+        x = self._graphs(hidden.flatten(0, 1), cos, sin, layout, self._seed(hidden.device))
         return (self.model.norm(x.view(batch, length, -1)),)
 
-    def _run_layers(self, x: Tensor, cos: Tensor, sin: Tensor, layout: Layout) -> Tensor:
+    def _seed(self, device: torch.device) -> Tensor | None:
+        """Return a seed for this forward's dropout masks, drawn from torch's CPU generator."""
+        if not self.model.training or not any(layer.has_dropout for layer in self.layers):
+            return None
+        seed = torch.randint(2**62, (1,))
+        seed = seed.pin_memory() if device.type == "cuda" else seed
+        return seed.to(device, non_blocking=True)
+
+    def _run_layers(
+        self, x: Tensor, cos: Tensor, sin: Tensor, layout: Layout, seed: Tensor | None
+    ) -> Tensor:
         levels = self._levels_for(x) if torch.is_grad_enabled() else ["all"] * len(self.layers)
         with backends():
             for layer, keep in zip(self.layers, levels, strict=True):
-                x = layer.run(x, cos, sin, layout, keep)
+                x = layer.run(x, cos, sin, layout, keep, seed)
         return x
 
     @torch.no_grad()
@@ -151,13 +163,17 @@ def obstacle(model: nn.Module) -> str | None:
         return "its attention slides over a window"
     if getattr(config, "attention_dropout", 0.0):
         return f"attention_dropout is {config.attention_dropout}"
+    dropouts = set()
     for layer in layers:
         for part, names in _PROJECTIONS.items():
             for name in names:
-                reason = _projection_obstacle(getattr(getattr(layer, part), name))
+                module = getattr(getattr(layer, part), name)
+                reason = _projection_obstacle(module)
                 if reason:
                     return f"{name} {reason}"
-    return None
+                if hasattr(module, "lora_A"):
+                    dropouts.add(dropout_of(module))
+    return None if len(dropouts) < 2 else "its adapters have different dropouts"
 
 
 def _slides(config: Any) -> bool:
@@ -181,8 +197,6 @@ def _projection_obstacle(module: Any) -> str | None:
             return "is adapted with DoRA"
         if module.lora_B[name].bias is not None:
             return "has a bias on lora_B"
-        if getattr(module.lora_dropout[name], "p", 0.0) > 0:
-            return "has LoRA dropout"
         if module.lora_A[name].weight.dtype != torch.float32:
             return f"has {module.lora_A[name].weight.dtype} adapters"
     return None

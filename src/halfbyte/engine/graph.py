@@ -21,7 +21,7 @@ _MAX_GRAPHS = 32
 # Packed documents that the bounds of a graph have room for.
 _MAX_DOCUMENTS = 256
 
-Run = Callable[[Tensor, Tensor, Tensor, Layout], Tensor]
+Run = Callable[[Tensor, Tensor, Tensor, Layout, Tensor | None], Tensor]
 
 
 @dataclass
@@ -40,31 +40,35 @@ class Graphs:
     """Graphs by size, recorded when a size comes up for the second time.
 
     Args:
-        run: The layers: hidden states, cos, sin and layout to hidden states.
+        run: The layers: hidden states, cos, sin, layout and dropout seed to hidden states.
         parameters: What the backward accumulates gradients of.
     """
 
     run: Run
     parameters: Sequence[Tensor]
-    _seen: set[tuple[int, ...]] = field(default_factory=set)
-    _recorded: dict[tuple[int, ...], _Recorded] = field(default_factory=dict)
+    _seen: set[tuple[int, int, bool, bool]] = field(default_factory=set)
+    _recorded: dict[tuple[int, int, bool, bool], _Recorded] = field(default_factory=dict)
     _pool: Any = None
 
-    def __call__(self, x: Tensor, cos: Tensor, sin: Tensor, layout: Layout) -> Tensor:
+    def __call__(
+        self, x: Tensor, cos: Tensor, sin: Tensor, layout: Layout, seed: Tensor | None
+    ) -> Tensor:
         """Return what `run` returns, by a graph where there is one or where one is worth it."""
         bounds = layout.cu_seqlens
-        key = (x.shape[0], layout.batch, -1 if bounds is None else 0)
+        key = (x.shape[0], layout.batch, bounds is None, seed is None)
         if not self._is_possible(x, bounds):
-            return self.run(x, cos, sin, layout)
+            return self.run(x, cos, sin, layout, seed)
         if key not in self._recorded:
             if key not in self._seen or len(self._recorded) == _MAX_GRAPHS:
                 self._seen.add(key)
-                return self.run(x, cos, sin, layout)
-            self._recorded[key] = self._record(x, cos, sin, layout)
+                return self.run(x, cos, sin, layout, seed)
+            self._recorded[key] = self._record(x, cos, sin, layout, seed)
         recorded = self._recorded[key]
         sources = [x, cos, sin]
+        if seed is not None:
+            sources.append(seed)
         if bounds is not None:
-            recorded.inputs[3].fill_(x.shape[0])
+            recorded.inputs[-1].fill_(x.shape[0])
             sources.append(bounds)
         for target, source in zip(recorded.inputs, sources, strict=True):
             target[: source.shape[0]].copy_(source, non_blocking=True)
@@ -81,8 +85,14 @@ class Graphs:
             and all(p.grad is not None for p in self.parameters)
         )
 
-    def _record(self, x: Tensor, cos: Tensor, sin: Tensor, layout: Layout) -> _Recorded:
+    def _record(
+        self, x: Tensor, cos: Tensor, sin: Tensor, layout: Layout, seed: Tensor | None
+    ) -> _Recorded:
         inputs = [x.detach().clone(), cos.clone(), sin.clone()]
+        static_seed = None
+        if seed is not None:
+            static_seed = seed.clone()
+            inputs.append(static_seed)
         bounds = None
         if layout.cu_seqlens is not None:
             # Bounds beyond the last document are empty documents at the end.
@@ -94,7 +104,7 @@ class Graphs:
         torch.cuda.empty_cache()
         forward, backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
         with torch.cuda.graph(forward, pool=self._pool):
-            output = self.run(inputs[0], inputs[1], inputs[2], static)
+            output = self.run(inputs[0], inputs[1], inputs[2], static, static_seed)
         grad_output = torch.zeros_like(output)
         with torch.cuda.graph(backward, pool=self._pool):
             torch.autograd.backward(output, grad_output, inputs=list(self.parameters))

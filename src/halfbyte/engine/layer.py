@@ -28,16 +28,17 @@ class FusedLayer:
     Args:
         layer: The transformers layer.
         config: The model's configuration.
+        index: Of the layer; its dropout masks are its own.
     """
 
-    def __init__(self, layer: Any, config: Any) -> None:
+    def __init__(self, layer: Any, config: Any, index: int) -> None:
         attn, mlp = layer.self_attn, layer.mlp
         self.layer = layer
-        self.qkv = _siblings(attn.q_proj, attn.k_proj, attn.v_proj)
+        self.qkv = _siblings(4 * index, attn.q_proj, attn.k_proj, attn.v_proj)
         self.out = OutWeights(
-            o=_siblings(attn.o_proj),
-            gate_up=_siblings(mlp.gate_proj, mlp.up_proj),
-            down=_siblings(mlp.down_proj),
+            o=_siblings(4 * index + 1, attn.o_proj),
+            gate_up=_siblings(4 * index + 2, mlp.gate_proj, mlp.up_proj),
+            down=_siblings(4 * index + 3, mlp.down_proj),
         )
         self.input_norm = _norm_weight(layer.input_layernorm)
         self.post_norm = _norm_weight(layer.post_attention_layernorm)
@@ -53,11 +54,24 @@ class FusedLayer:
         )
 
     @property
+    def has_dropout(self) -> bool:
+        """Whether training drops elements of what the adapters read."""
+        return any(s.dropout for s in (self.qkv, self.out.o, self.out.gate_up, self.out.down))
+
+    @property
     def adapters(self) -> tuple[Tensor, ...]:
         """The adapters' matrices."""
         return self.qkv.adapters + self.out.adapters
 
-    def run(self, x: Tensor, cos: Tensor, sin: Tensor, layout: Layout, keep: str) -> Tensor:
+    def run(
+        self,
+        x: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        layout: Layout,
+        keep: str,
+        seed: Tensor | None = None,
+    ) -> Tensor:
         """Return the next hidden states.
 
         Args:
@@ -65,24 +79,35 @@ class FusedLayer:
             cos: `[T, R]`; sin: `[T, R]`.
             layout: Which tokens belong together.
             keep: What to save for the backward: "all", "attention" or "input" (see `policy`).
+            seed: int64 `[1]` on the device: of the LoRA dropout masks; None drops nothing.
         """
         if keep != "input" or not torch.is_grad_enabled():
-            return self._forward(x, cos, sin, layout, Keep(everything=keep == "all"))
+            return self._forward(x, cos, sin, layout, Keep(everything=keep == "all"), seed)
         saved = Keep(everything=True)
         return checkpoint(
-            self._forward, x, cos, sin, layout, saved,
+            self._forward, x, cos, sin, layout, saved, seed,
             use_reentrant=False,
             preserve_rng_state=False,
             context_fn=lambda: (contextlib.nullcontext(), _again(saved)),
         )  # fmt: skip
 
-    def _forward(self, x: Tensor, cos: Tensor, sin: Tensor, layout: Layout, keep: Keep) -> Tensor:
+    def _forward(
+        self,
+        x: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        layout: Layout,
+        keep: Keep,
+        seed: Tensor | None,
+    ) -> Tensor:
         qkv, out = self.qkv, self.out
         x, query, key, value = IntoAttention.apply(
-            x, qkv, self.shape, self.input_norm, cos, sin, *qkv.adapters
+            x, qkv, self.shape, self.input_norm, cos, sin, seed, *qkv.adapters
         )
         mixed = attention(query, key, value, layout, self.scale)
-        return OutOfAttention.apply(mixed, x, out, self.shape, self.post_norm, keep, *out.adapters)
+        return OutOfAttention.apply(
+            mixed, x, out, self.shape, self.post_norm, keep, seed, *out.adapters
+        )
 
 
 @contextlib.contextmanager
@@ -100,8 +125,16 @@ def _norm_weight(norm: Any) -> Tensor:
     return weight.to(torch.promote_types(weight.dtype, torch.float32))
 
 
-def _siblings(*modules: nn.Module) -> Siblings:
-    return Siblings(tuple(_projection(module) for module in modules))
+def _siblings(salt: int, *modules: nn.Module) -> Siblings:
+    dropout = max(map(dropout_of, modules))
+    return Siblings(tuple(_projection(module) for module in modules), dropout, salt)
+
+
+def dropout_of(module: Any) -> float:
+    """Return the dropout of a projection's active adapter; 0 without one."""
+    dropouts = getattr(module, "lora_dropout", {})
+    active = [name for name in getattr(module, "active_adapters", ()) if name in dropouts]
+    return float(getattr(dropouts[active[0]], "p", 0.0)) if active else 0.0
 
 
 def _projection(module: Any) -> Projection:

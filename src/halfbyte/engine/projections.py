@@ -19,6 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from halfbyte.kernels.dropout import Mask, add_masked_product_, dropout
 from halfbyte.kernels.wide import assemble_
 from halfbyte.quant.weight import QuantizedWeight
 
@@ -49,9 +50,18 @@ class Projection:
 
 @dataclass(frozen=True)
 class Siblings:
-    """Projections of one input, treated as one product."""
+    """Projections of one input, treated as one product.
+
+    Args:
+        projections: In the order of their outputs.
+        dropout: Probability of dropping an element of what the adapters read; the siblings share a
+            mask. It counts only where a seed is given.
+        salt: Tells the masks of a model apart.
+    """
 
     projections: tuple[Projection, ...]
+    dropout: float = 0.0
+    salt: int = 0
 
     @functools.cached_property
     def inputs(self) -> int:
@@ -99,15 +109,25 @@ class Siblings:
         wide = like.new_empty(self.outputs + self.rank, self.inputs + self.rank)
         return assemble_(wide, self.projections)
 
-    def down_(self, x_wide: Tensor, wide: Tensor) -> Tensor:
+    def down_(self, x_wide: Tensor, wide: Tensor, seed: Tensor | None) -> Tensor:
         """Write `x A^T` into the last R columns of `x_wide`; return a copy times the scaling.
 
         The copy `[T, R]` is what `grad_B` is made from.
         """
         xa = x_wide[:, self.inputs :]
         if self.rank:
-            torch.mm(x_wide[:, : self.inputs], wide[self.outputs :, : self.inputs].t(), out=xa)
+            read = self.dropped(x_wide[:, : self.inputs], seed)
+            torch.mm(read, wide[self.outputs :, : self.inputs].t(), out=xa)
         return self._scaled(xa)
+
+    def dropped(self, x: Tensor, seed: Tensor | None) -> Tensor:
+        """Return what the adapters read of x `[T, K]`."""
+        mask = self.mask(seed)
+        return x if mask is None else dropout(x, mask)
+
+    def mask(self, seed: Tensor | None) -> Mask | None:
+        """Return what this seed drops, or None where nothing is dropped."""
+        return Mask(self.dropout, seed, self.salt) if seed is not None and self.dropout else None
 
     def _scaled(self, xa: Tensor) -> Tensor:
         if self.scaling is not None:
@@ -134,15 +154,20 @@ class Siblings:
             border = grad_wide[:, self.outputs :]
             torch.mm(grad_wide[:, : self.outputs], wide[: self.outputs, self.inputs :], out=border)
 
-    def backward_input(self, grad_wide: Tensor, wide: Tensor) -> Tensor:
+    def backward_input(self, grad_wide: Tensor, wide: Tensor, seed: Tensor | None) -> Tensor:
         """Return the gradient of x `[T, K]` from `grad_wide`, which `up_` has completed."""
-        return torch.mm(grad_wide, wide[:, : self.inputs])
+        mask = self.mask(seed)
+        if mask is None or not self.rank:
+            return torch.mm(grad_wide, wide[:, : self.inputs])
+        grad_x = torch.mm(grad_wide[:, : self.outputs], wide[: self.outputs, : self.inputs])
+        gb, lora_A = grad_wide[:, self.outputs :], wide[self.outputs :, : self.inputs]
+        return add_masked_product_(grad_x, gb, lora_A, mask)
 
-    def grad_A(self, grad_wide: Tensor, x: Tensor) -> list[Tensor]:  # noqa: N802
+    def grad_A(self, grad_wide: Tensor, x: Tensor, seed: Tensor | None) -> list[Tensor]:  # noqa: N802
         """Return the float32 gradient of each sibling's A, from `up_`'s border and x."""
         if not self.rank:
             return []
-        grad = product_float32(grad_wide[:, self.outputs :].t(), x)
+        grad = product_float32(grad_wide[:, self.outputs :].t(), self.dropped(x, seed))
         return self.split_ranks(grad)
 
     def grad_B(self, grad_wide: Tensor, xa: Tensor) -> list[Tensor]:  # noqa: N802

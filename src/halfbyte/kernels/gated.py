@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from halfbyte.kernels.dispatch import accelerated
+from halfbyte.kernels.dropout import Mask, dropout
 
 ACTIVATIONS = ("silu", "gelu_tanh")
 
@@ -47,6 +48,7 @@ def gated_backward_(
     down_gb: Tensor,
     size: int,
     activation: str,
+    mask: Mask | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Put the gradient of gate and up in their place; return gradients of the adapters around it.
 
@@ -57,6 +59,7 @@ def gated_backward_(
         down_gb: `[T, R2]`, the scaled `dy B` of down (rows may have a pitch).
         size: I.
         activation: One of `ACTIVATIONS`.
+        mask: Of the dropout of what down's A reads, or None.
 
     Returns:
         float32 `[I, R1]` and `[I, R1]`, the gradients of B of gate and of up against every column
@@ -69,6 +72,8 @@ def gated_backward_(
         (grad,) = torch.autograd.grad(hidden, wide, grad_hidden.to(wide.dtype))
     gate_up[:, : 2 * size] = grad.to(gate_up.dtype)
     xa, rounded = gate_up_xa.to(wide.dtype), gate_up[:, : 2 * size].to(wide.dtype)
-    hidden = hidden.detach().to(gate_up.dtype).to(wide.dtype)
-    grad_A = down_gb.to(wide.dtype).t() @ hidden
+    hidden = hidden.detach().to(gate_up.dtype)
+    if mask is not None:
+        hidden = dropout(hidden, mask)
+    grad_A = down_gb.to(wide.dtype).t() @ hidden.to(wide.dtype)
     return rounded[:, :size].t() @ xa, rounded[:, size:].t() @ xa, grad_A

@@ -5,6 +5,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from halfbyte.kernels.dropout import Mask
+from halfbyte.kernels.dropout_triton import kept
+
 # 4 warps x 8 elements of 16 bits = 16 bytes a thread and access.
 _BLOCK = 1024
 # Programs of the backward: about eight waves of the 132 multiprocessors of an H100.
@@ -49,10 +52,10 @@ def _gated_forward_kernel(
 
 @triton.jit
 def _gated_backward_kernel(
-    gate_up_ptr, grad_ptr, xa_ptr, gb_ptr, out_ptr,
+    gate_up_ptr, grad_ptr, xa_ptr, gb_ptr, out_ptr, seed_ptr, p, salt,
     stride_in, stride_grad, stride_xa, stride_gb, T, size, tokens_per_split,
     R1: tl.constexpr, R2: tl.constexpr, BLOCK_R1: tl.constexpr, BLOCK_R2: tl.constexpr,
-    ACT: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_T: tl.constexpr,
+    ACT: tl.constexpr, DROPS: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
     columns = tl.program_id(0) * BLOCK_I + tl.arange(0, BLOCK_I)
     column_mask = columns < size
@@ -89,6 +92,10 @@ def _gated_backward_kernel(
                 mask=row_mask[:, None] & (ranks2 < R2)[None, :], other=0.0,
             )  # fmt: skip
             hidden = (act * up).to(gate.dtype)
+            if DROPS:
+                seed = tl.load(seed_ptr)
+                stays = kept(seed, salt, rows[:, None], columns[None, :], size, p)
+                hidden = tl.where(stays, hidden.to(tl.float32) / (1.0 - p), 0.0).to(gate.dtype)
             grad_down = tl.dot(tl.trans(hidden), gb, grad_down, input_precision="ieee")
     # Partial sums of a split, each [size, 2 R1 + R2]; the host's sum over splits keeps an order.
     width = 2 * R1 + R2
@@ -119,6 +126,7 @@ def gated_backward_(
     down_gb: Tensor,
     size: int,
     activation: str,
+    mask: Mask | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     T, R1, R2 = gate_up.shape[0], gate_up_xa.shape[1], down_gb.shape[1]
     # Accumulators of large ranks would not fit into registers with as many columns.
@@ -133,11 +141,13 @@ def gated_backward_(
     if T:
         _gated_backward_kernel[(column_blocks, splits)](
             gate_up, grad_hidden, gate_up_xa, down_gb, partial,
+            *((partial, 0.0, 0) if mask is None else (mask.seed, mask.p, mask.salt)),
             gate_up.stride(0), grad_hidden.stride(0), gate_up_xa.stride(0), down_gb.stride(0),
             T, size, tokens,
             R1=R1, R2=R2, BLOCK_R1=max(triton.next_power_of_2(R1), 16),
             BLOCK_R2=max(triton.next_power_of_2(R2), 16),
-            ACT=activation, BLOCK_I=block_i, BLOCK_T=block_t, num_warps=4,
+            ACT=activation, DROPS=mask is not None,
+            BLOCK_I=block_i, BLOCK_T=block_t, num_warps=4,
         )  # fmt: skip
     total = partial.sum(0) if splits > 1 else partial[0]
     return total[:, :R1], total[:, R1 : 2 * R1], total[:, 2 * R1 :].t()
