@@ -100,12 +100,9 @@ def _quantized_tensors(
     chosen = weights_to_quantize(skeleton.model, config)
     turned = conv1d_weights(skeleton.model)
     on_disk = {target: name for name, target in skeleton.names.items()}
-    tied = skeleton.model.all_tied_weights_keys
     ordered = [name for name in skeleton.model.state_dict() if name in on_disk]
     for target in logging.tqdm(ordered, desc="Quantizing"):
         name = on_disk[target]
-        if tied.get(target) in on_disk:
-            continue
         if target not in chosen:
             yield name, skeleton.reader.tensor(name)
             continue

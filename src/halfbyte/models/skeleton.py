@@ -186,8 +186,9 @@ def _check_names(skeleton: Skeleton, made: set[str]) -> None:
     """Check that each tensor of the model is there, or made from others, or tied to one."""
     state = skeleton.model.state_dict()
     there = set(skeleton.names.values()) | made
-    tied = skeleton.model.all_tied_weights_keys
-    there |= {twin for twin, source in tied.items() if source in there}
+    # Of two tied tensors either may be the one that was saved.
+    for twins in skeleton.model.all_tied_weights_keys.items():
+        there |= set(twins) if there & set(twins) else set()
     missing = sorted(set(state) - there)
     if missing:
         raise CheckpointError(

@@ -203,6 +203,10 @@ class _Operation(ConversionOps):
     def __init__(self, hf_quantizer: NF4Quantizer) -> None:
         self.hf_quantizer = hf_quantizer
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> "_Operation":
+        """Stay one: transformers copies operations for each weight, but the error is to be kept."""
+        return self
+
     def attempt(self, layer: NF4Linear, make: Callable[[], QuantizedWeight]) -> Tensor:
         """Set the layer's weight to what `make` returns; give the packed codes back."""
         quantizer = self.hf_quantizer
@@ -269,11 +273,15 @@ class _Deserialize(_Operation):
         return {"weight": self.attempt(layer, make)}
 
     def _plain(self, name: str, tensors: dict[str, Tensor], model: nn.Module) -> Tensor:
-        if set(tensors) != {"weight"} and self.hf_quantizer.failure is None:
+        """Return a weight that is not quantized in the model, in the dtype of its placeholder."""
+        expected = model.get_parameter(name)
+        if set(tensors) == {"weight"}:
+            weight = tensors["weight"]
+            return weight.to(expected.dtype) if weight.is_floating_point() else weight
+        if self.hf_quantizer.failure is None:
             self.hf_quantizer.failure = CheckpointError(
                 f"{name!r} is quantized in the checkpoint, but not by its quantization_config",
                 hint="copy config.json and the weights again from where they came",
             )
-        weight = tensors.get("weight", torch.empty(0))
-        dtype = model.get_parameter(name).dtype
-        return weight.to(dtype) if weight.is_floating_point() else weight
+        # Of the expected shape, or transformers would fail before the failure is raised.
+        return torch.zeros(1, dtype=expected.dtype).expand(expected.shape)
