@@ -23,6 +23,7 @@ from halfbyte.data.loader import Batch
 from halfbyte.engine.body import FusedBody, obstacle
 from halfbyte.engine.packed import merge, pack
 from halfbyte.kernels.cross_entropy import linear_cross_entropy
+from halfbyte.models.attention import use_cpu_attention
 
 IGNORE_INDEX = -100
 # Several of these fill an 80 GB card; the policy recomputes where they do not fit.
@@ -74,6 +75,7 @@ class LanguageModel:
         causal = model.get_base_model() if isinstance(model, PeftModel) else model
         if not isinstance(causal, PreTrainedModel):
             return cls(model)
+        use_cpu_attention(causal)
         body = getattr(causal, causal.base_model_prefix, None)
         linear = causal.get_output_embeddings()
         # Exactly nn.Linear: an adapted or quantized output embedding has a forward of its own

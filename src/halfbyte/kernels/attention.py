@@ -1,0 +1,101 @@
+"""Causal attention whose gradient on a CPU is made of large matrix products.
+
+Forward is PyTorch's own, everywhere, and so is the gradient on a GPU. On a CPU PyTorch's gradient
+takes several times what its products would: 78 ms against 10 ms here for 8 sequences of 128 tokens
+and 12 heads of 64 in bf16, on one core. Here the probabilities are made again from the saved
+log-sum-exp (FlashAttention, Dao et al. 2022, arXiv 2205.14135, section 3), a block of queries at a
+time, in float32, which is also twice as exact:
+
+    P = exp(s Q K^T - lse)     dV = P^T dO      dS = P * (dO V^T - rowsum(dO * O))
+    dQ = s dS K                dK = s dS^T Q
+
+Shape letters: B sequences, N query heads, M key-value heads, S tokens, D head size.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+# Float32 scores held at once: they stay in the second-level cache of two cores.
+_SCORE_BYTES = 1 << 20
+_BLOCK_ROWS = 64
+# exp of less than this is subnormal, which CPUs are slow at; it is nothing beside the largest, 1.
+_SMALLEST_EXPONENT = -80.0
+
+
+def causal_attention(query: Tensor, key: Tensor, value: Tensor, *, scale: float) -> Tensor:
+    """Return `softmax(scale * Q K^T, causal) V` as `[B, N, S, D]`.
+
+    Args:
+        query: `[B, N, S, D]`, any strides.
+        key: `[B, M, S, D]`, N a multiple of M.
+        value: `[B, M, S, D]`.
+        scale: What the scores are multiplied with.
+    """
+    needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value))
+    groups = query.shape[1] // key.shape[1]
+    if query.device.type != "cpu" or not needs_grad or query.numel() == 0:
+        return F.scaled_dot_product_attention(
+            query, key, value, is_causal=True, scale=scale, enable_gqa=groups > 1
+        )
+    if groups > 1:
+        key, value = (t.repeat_interleave(groups, dim=1) for t in (key, value))
+    return _CausalAttention.apply(query, key, value, scale)
+
+
+class _CausalAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        out, log_sum_exp = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            query, key, value, is_causal=True, scale=scale
+        )
+        ctx.save_for_backward(query, key, value, out, log_sum_exp)
+        ctx.scale = scale
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        query, key, value, out, log_sum_exp = ctx.saved_tensors
+        batch, heads, length, _ = query.shape
+        # Tokens before heads in memory, as the projections that come next want them.
+        grads = [torch.empty_like(t.transpose(1, 2)).transpose(1, 2) for t in (query, key, value)]
+        rows = min(_BLOCK_ROWS, length)
+        step = max(1, _SCORE_BYTES // (4 * rows * length))
+        for b in range(batch):
+            for start in range(0, heads, step):
+                some = slice(start, start + step)
+                q, k, v, o, g = (t[b, some].float() for t in (query, key, value, out, grad_out))
+                minus_lse = log_sum_exp[b, some].float().neg().unsqueeze(-1)
+                parts = _heads_backward(q * ctx.scale, k, v, o, g, minus_lse)
+                parts[0].mul_(ctx.scale)
+                for grad, part in zip(grads, parts, strict=True):
+                    grad[b, some] = part
+        return *grads, None
+
+
+def _heads_backward(
+    query: Tensor, key: Tensor, value: Tensor, out: Tensor, grad_out: Tensor, minus_lse: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the gradients of the (scaled) query, the key and the value of some heads.
+
+    Args:
+        query, key, value, out, grad_out: float32 `[n, S, D]`.
+        minus_lse: float32 `[n, S, 1]`.
+    """
+    length = query.shape[1]
+    minus_delta = (out * grad_out).sum(-1, keepdim=True).neg_()
+    grad_query = torch.empty_like(query)
+    grad_key, grad_value = torch.zeros_like(key), torch.zeros_like(value)
+    for start in range(0, length, _BLOCK_ROWS):
+        rows, past = slice(start, start + _BLOCK_ROWS), slice(0, start + _BLOCK_ROWS)
+        scores = torch.baddbmm(minus_lse[:, rows], query[:, rows], key[:, past].transpose(1, 2))
+        probabilities = scores.clamp_(min=_SMALLEST_EXPONENT).exp_().tril_(start)
+        grad_scores = torch.baddbmm(
+            minus_delta[:, rows], grad_out[:, rows], value[:, past].transpose(1, 2)
+        ).mul_(probabilities)
+        grad_value[:, past].baddbmm_(probabilities.transpose(1, 2), grad_out[:, rows])
+        grad_key[:, past].baddbmm_(grad_scores.transpose(1, 2), query[:, rows])
+        torch.bmm(grad_scores, key[:, past], out=grad_query[:, rows])
+    return grad_query, grad_key, grad_value
