@@ -12,6 +12,8 @@ from halfbyte.errors import CheckpointError, ConfigError
 from halfbyte.train.directory import (
     checkpoints,
     claim,
+    clear,
+    disk_errors,
     keep_newest,
     locked,
     remove_checkpoint,
@@ -115,6 +117,8 @@ def test_overwriting_removes_the_run_and_nothing_else(tmp_path):
         (tmp_path / name).write_text("{}")
     (tmp_path / "notes.txt").write_text("mine")
     claim(tmp_path, overwrite=True, resume=False)
+    assert len(names(tmp_path)) == 6  # not yet: the new run may still turn out to be impossible
+    clear(tmp_path)
     assert names(tmp_path) == ["notes.txt"]
 
 
@@ -135,7 +139,7 @@ def test_failed_write_leaves_the_old_file(tmp_path):
     write_json(path, {"a": 1})
 
     def fail():
-        with replacing(path) as temporary:
+        with disk_errors(path), replacing(path) as temporary:
             temporary.write_text("half")
             raise OSError(28, "No space left on device")
 

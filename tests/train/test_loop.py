@@ -1,6 +1,7 @@
 """A run from end to end: what it leaves, what it says, what it refuses."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoTokenizer
 
 from halfbyte.data.config import DataConfig
-from halfbyte.errors import ConfigError, DataError, TrainingError
+from halfbyte.errors import CheckpointError, ConfigError, DataError, TrainingError
 from halfbyte.train.config import TrainConfig
 from halfbyte.train.events import (
     CheckpointSaved,
@@ -222,6 +223,9 @@ def test_finished_run_is_not_overwritten(make_lora, tokenizer, rows_of, settings
     with pytest.raises(ConfigError, match="already holds a finished run"):
         train(make_lora(), tokenizer, rows_of(LENGTHS), settings())
     assert (tmp_path / "out" / "adapter_model.safetensors").read_bytes() == before
+    with pytest.raises(DataError):  # before anything of the old run is removed
+        train(make_lora(), tokenizer, "missing.jsonl", settings(overwrite_output_dir=True))
+    assert (tmp_path / "out" / "adapter_model.safetensors").read_bytes() == before
     train(make_lora(), tokenizer, rows_of(LENGTHS), settings(overwrite_output_dir=True))
     assert (tmp_path / "out" / "adapter_model.safetensors").read_bytes() != before
 
@@ -242,6 +246,17 @@ def test_nan_stops_the_run_and_poisons_nothing(make_lora, tokenizer, rows_of, se
     assert [path.name for path in out.glob("checkpoint-*")] == ["checkpoint-2"]
     assert not (out / "adapter_model.safetensors").exists()
     assert isinstance(events[-1], TrainingStopped)
+
+
+def test_directory_lost_in_the_middle_is_an_error(
+    make_lora, tokenizer, rows_of, settings, tmp_path
+):
+    def lose(event):
+        if isinstance(event, StepFinished) and event.step == 2:
+            shutil.rmtree(tmp_path / "out")
+
+    with pytest.raises(CheckpointError, match=r"metrics.jsonl failed: No such file"):
+        train(make_lora(), tokenizer, rows_of(LENGTHS), settings(), listeners=[lose])
 
 
 def test_other_precision_than_asked_for_is_noted(make_lora, tokenizer, rows_of, settings):

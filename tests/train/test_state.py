@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import shutil
 from pathlib import Path
 
@@ -277,6 +278,18 @@ def test_finished_run_resumes_to_itself(run):
     assert events == []
 
 
+def test_finished_run_gives_its_adapter_to_a_model_that_resumes(
+    make_lora, tokenizer, rows_of, tmp_path
+):
+    trained = make_lora()
+    train(trained, tokenizer, rows_of(LENGTHS), settings(tmp_path / "out"))
+    fresh = make_lora()
+    resume = settings(tmp_path / "out", resume_from_checkpoint="auto")
+    train(fresh, tokenizer, rows_of(LENGTHS), resume)
+    ours = dict(fresh.named_parameters())
+    assert all(torch.equal(ours[name], p) for name, p in trained.named_parameters())
+
+
 def test_nothing_to_resume_starts_from_the_beginning(run, whole):
     expected = whole()
     events = []
@@ -339,6 +352,25 @@ def test_full_disk_keeps_the_checkpoint_before(run, whole, monkeypatch, tmp_path
     ]
     expected = whole()
     assert adapter(run("cut", resume_from_checkpoint="auto")) == expected
+
+
+@pytest.mark.parametrize("limit", [3_000, 20_000, 60_000])
+def test_files_that_may_not_grow_keep_the_checkpoint_before(run, whole, limit, tmp_path):
+    """A real refusal by the system, wherever in the files it comes."""
+
+    def refuse(event):
+        if isinstance(event, StepFinished) and event.step == 3:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        with pytest.raises(CheckpointError, match=r"failed: .*(too large|os error 27)"):
+            run("cut", listeners=[refuse])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    names = sorted(path.name for path in (tmp_path / "cut").iterdir() if "checkpoint" in path.name)
+    assert names == ["checkpoint-1", "checkpoint-2"]
+    assert adapter(run("cut", resume_from_checkpoint="auto")) == whole()
 
 
 def test_moved_run_resumes(run, whole, tmp_path):

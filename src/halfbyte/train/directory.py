@@ -19,6 +19,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from halfbyte.checkpoint.publish import verify
 from halfbyte.errors import CheckpointError, ConfigError
 
@@ -86,19 +88,13 @@ def is_finished(directory: Path) -> bool:
 
 
 def claim(directory: Path, *, overwrite: bool, resume: bool) -> None:
-    """Make sure that nothing of an earlier run is lost or mixed with a new one.
+    """Make sure that no earlier run is lost or mixed with a new one; clean up after crashes.
 
     Raises:
         ConfigError: an earlier run is here, and it is neither overwritten nor resumed.
     """
     remove_leftovers(directory)
-    if resume:
-        return
-    if overwrite:
-        for _, path in checkpoints(directory):
-            remove_checkpoint(path)
-        for name in _RESULT_FILES:
-            (directory / name).unlink(missing_ok=True)
+    if overwrite or resume:
         return
     finished, saved = is_finished(directory), checkpoints(directory)
     if finished or saved:
@@ -108,6 +104,14 @@ def claim(directory: Path, *, overwrite: bool, resume: bool) -> None:
             hint="set resume_from_checkpoint: auto to go on with it, overwrite_output_dir: true to "
             "remove it, or choose another output_dir",
         )
+
+
+def clear(directory: Path) -> None:
+    """Remove an earlier run's checkpoints, adapter and records, and nothing else."""
+    for _, path in checkpoints(directory):
+        remove_checkpoint(path)
+    for name in _RESULT_FILES:
+        (directory / name).unlink(missing_ok=True)
 
 
 def remove_leftovers(directory: Path) -> None:
@@ -142,6 +146,17 @@ def keep_newest(directory: Path, limit: int | None) -> None:
 
 
 @contextlib.contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """Turn what the system and safetensors say of a full or lost disk into one of our errors."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(
+            f"writing {path} failed: {error}", hint="make room or mend the directory, then resume"
+        ) from error
+
+
+@contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """Yield a file to write that takes the place of `path`, synced and whole, at the end."""
     temporary = path.with_name(f".{path.name}.tmp")
@@ -150,14 +165,12 @@ def replacing(path: Path) -> Iterator[Path]:
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
         temporary.replace(path)
-    except OSError as error:
-        raise CheckpointError(f"writing {path} failed: {error}") from error
     finally:
         temporary.unlink(missing_ok=True)
 
 
 def write_json(path: Path, content: Any) -> None:
     """Write JSON so that a crash leaves the old file or the new one."""
-    with replacing(path) as temporary:
+    with disk_errors(path), replacing(path) as temporary:
         text = json.dumps(content, indent=2, sort_keys=True, default=str)
         temporary.write_text(text + "\n", encoding="utf-8")

@@ -13,12 +13,13 @@ from typing import Any
 from peft import PeftModel
 from torch import nn
 
+from halfbyte.adapters.io import restore_adapter
 from halfbyte.device import peak_bytes
 from halfbyte.errors import ConfigError
 from halfbyte.optim.schedule import learning_rate
 from halfbyte.train.config import TrainConfig
 from halfbyte.train.determinism import determinism
-from halfbyte.train.directory import RUN_FILE, claim, keep_newest, locked, write_json
+from halfbyte.train.directory import RUN_FILE, claim, clear, keep_newest, locked, write_json
 from halfbyte.train.evaluate import evaluate_rows
 from halfbyte.train.events import (
     CheckpointSaved,
@@ -75,8 +76,12 @@ def train(
         claim(output_dir, overwrite=config.overwrite_output_dir, resume=resume is not None)
         run = assemble(model, tokenizer, data, eval_data, config)
         try:
-            finished = finished_result(output_dir, run.identity) if resume == "auto" else None
-            return finished or _train(run, listeners)
+            if resume == "auto" and (result := finished_result(output_dir, run.identity)):
+                restore_adapter(model, output_dir, adapter=model.active_adapter)
+                return result
+            if config.overwrite_output_dir:
+                clear(output_dir)
+            return _train(run, listeners)
         except BaseException as error:
             run.tell(TrainingStopped(str(error) or type(error).__name__))
             raise

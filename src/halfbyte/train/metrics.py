@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from halfbyte.errors import CheckpointError
 from halfbyte.train.events import (
     Evaluated,
     Event,
@@ -77,8 +78,15 @@ class MetricsFile:
         record = as_record(event)
         if record is not None:
             record["time"] = time.time()
-            with self._path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(record, allow_nan=False) + "\n")
+            line = json.dumps(record, allow_nan=False) + "\n"
+            try:
+                with self._path.open("a", encoding="utf-8") as file:
+                    file.write(line)
+            except OSError as error:
+                raise CheckpointError(
+                    f"writing {self._path} failed: {error.strerror}",
+                    hint="make room or mend the directory, then resume",
+                ) from error
 
 
 def as_record(event: Event) -> dict[str, Any] | None:

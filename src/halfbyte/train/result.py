@@ -13,7 +13,7 @@ from peft import PeftModel
 
 from halfbyte.adapters.io import write_adapter
 from halfbyte.train.config import TrainConfig
-from halfbyte.train.directory import RUN_FILE, read_run, replacing, write_json
+from halfbyte.train.directory import RUN_FILE, disk_errors, read_run, replacing, write_json
 from halfbyte.train.events import TrainResult
 from halfbyte.train.inputs import Inputs
 
@@ -51,8 +51,9 @@ def write_result(
     result: TrainResult,
 ) -> None:
     """Write adapter and tokenizer, each file whole, and last run.json, which says so."""
-    write_adapter(model, result.output_dir, adapter=model.active_adapter)
-    write_tokenizer(tokenizer, result.output_dir, chat_template=inputs.chat_template)
+    with disk_errors(result.output_dir):
+        write_adapter(model, result.output_dir, adapter=model.active_adapter)
+        write_tokenizer(tokenizer, result.output_dir, chat_template=inputs.chat_template)
     record = {**description, "status": "finished", "result": asdict(result)}
     record["result"]["output_dir"] = "."  # the directory may be moved
     write_json(result.output_dir / RUN_FILE, record)

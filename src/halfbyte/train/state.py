@@ -17,14 +17,13 @@ from pathlib import Path
 from typing import Any
 
 from peft import PeftModel
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from halfbyte.adapters.io import restore_adapter, write_adapter
 from halfbyte.checkpoint.publish import publish, verify
 from halfbyte.errors import CheckpointError
 from halfbyte.optim.adamw import AdamW
-from halfbyte.train.directory import checkpoints
+from halfbyte.train.directory import checkpoints, disk_errors
 from halfbyte.train.step import StepResult
 
 STATE_VERSION = 1
@@ -82,13 +81,9 @@ def save_checkpoint(
         CheckpointError: it cannot be written; what was there before is untouched.
     """
     folder = output_dir / f"checkpoint-{progress.step}"
-    with publish(folder, overwrite=True) as partial:
+    with publish(folder, overwrite=True) as partial, disk_errors(folder):
         write_adapter(model, partial, adapter=model.active_adapter)
-        state = optimizer.state_dict()
-        try:
-            save_file(state, partial / _OPTIMIZER_FILE, metadata={"format": "pt"})
-        except SafetensorError as error:  # its way to say that the disk is full
-            raise CheckpointError(f"writing {folder} failed: {error}") from error
+        save_file(optimizer.state_dict(), partial / _OPTIMIZER_FILE, metadata={"format": "pt"})
         content = {"version": STATE_VERSION, "progress": asdict(progress), "identity": identity}
         text = json.dumps(content, indent=2, sort_keys=True)
         (partial / _STATE_FILE).write_text(text + "\n", encoding="utf-8")
