@@ -1,0 +1,49 @@
+"""Where we run, and in which dtype."""
+
+import pytest
+import torch
+
+from halfbyte.device import (
+    compute_dtype,
+    default_device,
+    peak_bytes,
+    peak_rss_bytes,
+    release_unused_memory,
+    resolve_device,
+)
+from halfbyte.errors import DeviceError
+
+
+@pytest.mark.parametrize("name", [None, "auto"])
+def test_the_default_is_the_gpu_where_there_is_one(name):
+    expected = "cuda" if torch.cuda.is_available() else "cpu"
+    assert resolve_device(name).type == default_device().type == expected
+
+
+def test_names_and_devices_are_taken():
+    assert resolve_device("cpu") == resolve_device(torch.device("cpu")) == torch.device("cpu")
+
+
+def test_what_is_no_device_is_an_error():
+    with pytest.raises(DeviceError, match="expected a device such as 'cuda'"):
+        resolve_device("gpu9000")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
+def test_a_missing_gpu_is_an_error_with_a_hint():
+    with pytest.raises(DeviceError, match="sees no CUDA device") as caught:
+        resolve_device("cuda")
+    assert "halfbyte doctor" in caught.value.hint
+
+
+def test_matrices_are_multiplied_in_a_dtype_that_the_device_is_good_at():
+    assert compute_dtype("cpu") in (torch.bfloat16, torch.float32)
+
+
+def test_the_peak_covers_what_was_allocated():
+    block = torch.ones(2**26)  # 256 MiB, touched
+    assert peak_rss_bytes() >= block.nbytes
+    assert peak_bytes("cpu") == peak_rss_bytes()
+    del block
+    release_unused_memory("cpu")
+    assert peak_rss_bytes() >= 2**28
