@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from halfbyte.quant.linear import NF4Linear
 
 _SAMPLES = 4096
-_ADAPTER_PARTS = ("lora_", "modules_to_save", "token_adapter", "trainable_tokens")
-_WRAPPERS = (".base_layer", ".original_module")
+_ADAPTER_PARTS = ("lora_", "modules_to_save", "trainable_tokens")
+_WRAPPERS = (".base_layer", ".original_module", ".token_adapter")
 
 
 def base_fingerprint(model: nn.Module) -> dict[str, str] | None:
