@@ -51,11 +51,15 @@ def _cpu_has_fast_bfloat16() -> bool:
 def compute_dtype(device: torch.device | str) -> torch.dtype:
     """Return the dtype that matrices are multiplied in on `device`.
 
-    bf16 where the hardware has it; on GPUs before Ampere float16, on CPUs that would emulate it float32.
+    bf16 where the hardware has it; else float16 on GPUs and float32 on CPUs.
     """
     device = torch.device(device)
     if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+        return (
+            torch.bfloat16
+            if torch.cuda.is_bf16_supported(including_emulation=False)
+            else torch.float16
+        )
     return torch.bfloat16 if _cpu_has_fast_bfloat16() else torch.float32
 
 
