@@ -101,7 +101,9 @@ def batches_of(case: str, lengths: list[int], vocabulary: int, step: int) -> lis
     return [padded(chosen[i : i + 2], vocabulary) for i in range(0, 8, 2)]
 
 
-def measure(model, optimizer, memory: str, case: str, steps: int, lengths: list[int]) -> dict:
+def measure(
+    model, optimizer, memory: str, case: str, steps: int, lengths: list[int], dropout: float
+) -> dict:
     device = model.get_input_embeddings().weight.device
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
@@ -119,12 +121,15 @@ def measure(model, optimizer, memory: str, case: str, steps: int, lengths: list[
         times.append(time.perf_counter() - start)
         losses.append(result.loss)
         tokens.append(result.tokens)
-    seconds = statistics.median(times[2:])
+    # Short examples come in many sizes, each of which is compiled and recorded once.
+    warm = (steps + 2) // 2 if case == "lengths" else 2
+    seconds = statistics.median(times[warm:])
     return {
         "case": case,
         "memory": memory,
         "fused": language_model.is_fused,
-        "tokens_per_second": round(sum(tokens[2:]) / sum(times[2:])),
+        "dropout": dropout,
+        "tokens_per_second": round(sum(tokens[warm:]) / sum(times[warm:])),
         "step_ms": round(seconds * 1e3, 2),
         "first_step_s": round(times[0], 2),
         "peak_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2),
@@ -177,7 +182,7 @@ def main() -> None:
     for shape in args.shapes.split(","):
         for memory in args.memory.split(","):
             try:
-                result = measure(model, optimizer, memory, shape, args.steps, lengths)
+                result = measure(model, optimizer, memory, shape, args.steps, lengths, args.dropout)
             except torch.OutOfMemoryError as error:
                 result = {"case": shape, "memory": memory, "error": str(error)[:200]}
             results.append(result)
