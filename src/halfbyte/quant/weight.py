@@ -60,8 +60,8 @@ class QuantizedWeight:
         """
         weight = weight.detach()
         packed, absmax = nf4.quantize_4bit(weight, block_size=block_size, quant_type=quant_type)
-        # The scale of a block is finite exactly where all of its elements are.
-        if not bool(torch.isfinite(absmax).all()):
+        # The scale of a block is finite exactly where all of its elements are; NaN is a maximum.
+        if not bool(torch.isfinite(absmax.amax())):
             raise QuantizationError(
                 f"a weight of shape {list(weight.shape)} holds NaN or Inf",
                 hint="the checkpoint is damaged or its training diverged: take another one",
