@@ -75,7 +75,8 @@ def test_a_damaged_library_is_no_error(fresh):
 
 
 @needs_compiler
-def test_the_source_compiles_without_warnings(tmp_path):
+def test_the_sources_compile_without_warnings(tmp_path):
     flags = [*native._FLAGS, "-Wall", "-Wextra", "-Werror", "-fopenmp"]
-    command = ["cc", *flags, "-o", str(tmp_path / "x.so"), str(native._SOURCE)]
+    sources = [str(native._SOURCE), str(native._DECODER_SOURCE)]
+    command = ["cc", *flags, "-o", str(tmp_path / "x.so"), *sources]
     subprocess.run(command, check=True)

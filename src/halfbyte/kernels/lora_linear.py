@@ -83,7 +83,8 @@ class _LoraLinear(torch.autograd.Function):
         if needs_bias:
             grad_bias = grad_TO.sum(0, dtype=dtype_bias)
         if needs_B:
-            grad_B = _gradient(grad_TO.t(), xA_TR, ctx.scaling, dtype_B)
+            # Transposed: BLAS libraries are quicker with the long side as columns.
+            grad_B = _gradient(xA_TR.t(), grad_TO, ctx.scaling, dtype_B).t()
         if needs_x or needs_A:
             g_TR = grad_TO @ B_OR
         if needs_A:

@@ -1,4 +1,4 @@
-"""Compile `cpu_loops.c` for this machine, once, and load it.
+"""Compile `cpu_loops.c` and `decoder_loops.c` for this machine, once, and load them.
 
 The library goes to `~/.cache/halfbyte`, named by a hash of the source, the flags and the CPU, so
 a home directory that several machines share holds one for each. Where there is no C compiler
@@ -16,9 +16,13 @@ import subprocess
 import tempfile
 from pathlib import Path
 
+import torch
+from torch import Tensor
+
 _log = logging.getLogger(__name__)
 
 _SOURCE = Path(__file__).with_name("cpu_loops.c")
+_DECODER_SOURCE = Path(__file__).with_name("decoder_loops.c")
 _COMPILERS = ("cc", "gcc", "clang")
 # No contraction: a fused multiply-add rounds once where the reference rounds twice.
 _FLAGS = ("-O3", "-std=gnu11", "-ffp-contract=off", "-fopenmp-simd", "-shared", "-fPIC")
@@ -30,6 +34,17 @@ _OPTIONS = (
     (),
 )
 _TIMEOUT_SECONDS = 120
+_FUNCTIONS = (
+    "hb_dequantize",
+    "hb_quantize",
+    "hb_adamw8",
+    "hb_softmax_loss",
+    "hb_add_rms_norm",
+    "hb_rms_norm_backward",
+    "hb_gated_forward",
+    "hb_gated_backward",
+    "hb_rope",
+)
 
 
 @functools.cache
@@ -49,6 +64,15 @@ def library() -> ctypes.CDLL | None:
         return None
 
 
+def has_rows(*tensors: Tensor | None) -> bool:
+    """Whether `decoder_loops.c` can read them: bf16, the elements of a row side by side."""
+    return all(
+        t.dtype == torch.bfloat16 and t.stride(-1) == 1 and t.numel() > 0
+        for t in tensors
+        if t is not None
+    )
+
+
 def cache_directory() -> Path:
     """Return where compiled libraries lie: `$XDG_CACHE_HOME/halfbyte` or `~/.cache/halfbyte`."""
     root = os.environ.get("XDG_CACHE_HOME")
@@ -66,7 +90,8 @@ def compile_library(compiler: str, path: Path) -> None:
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         built = Path(folder) / path.name
         for option in _OPTIONS:
-            command = [compiler, *_FLAGS, *option, "-o", str(built), str(_SOURCE), "-lm"]
+            sources = (str(_SOURCE), str(_DECODER_SOURCE))
+            command = [compiler, *_FLAGS, *option, "-o", str(built), *sources, "-lm"]
             try:
                 subprocess.run(command, check=True, capture_output=True, timeout=_TIMEOUT_SECONDS)
             except subprocess.CalledProcessError:
@@ -85,7 +110,14 @@ def _fingerprint(compiler: str) -> str:
         lines = cpuinfo.read_text(errors="replace").splitlines()
         features = ("flags", "Features", "model name")
         cpu += sorted({line for line in lines if line.startswith(features)})
-    parts = [_SOURCE.read_text(), compiler, *_FLAGS, *map(str, _OPTIONS), *cpu]
+    parts = [
+        _SOURCE.read_text(),
+        _DECODER_SOURCE.read_text(),
+        compiler,
+        *_FLAGS,
+        *map(str, _OPTIONS),
+        *cpu,
+    ]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
 
 
@@ -100,7 +132,15 @@ def _declare(loaded: ctypes.CDLL) -> ctypes.CDLL:
     loaded.hb_softmax_loss.argtypes = [
         *[pointer] * 3, long, long, ctypes.c_float, integer, integer,
     ]  # fmt: skip
-    functions = (loaded.hb_dequantize, loaded.hb_quantize, loaded.hb_adamw8, loaded.hb_softmax_loss)
-    for function in functions:
-        function.restype = None
+    loaded.hb_add_rms_norm.argtypes = [
+        *[pointer] * 3, ctypes.c_float, pointer, pointer, *[long] * 5, integer,
+    ]  # fmt: skip
+    loaded.hb_rms_norm_backward.argtypes = [
+        *[pointer] * 3, ctypes.c_float, pointer, pointer, *[long] * 6, integer,
+    ]  # fmt: skip
+    loaded.hb_gated_forward.argtypes = [*[pointer] * 2, *[long] * 4, integer, integer]
+    loaded.hb_gated_backward.argtypes = [*[pointer] * 3, *[long] * 4, integer, integer]
+    loaded.hb_rope.argtypes = [*[pointer] * 4, ctypes.c_float, *[long] * 7, integer]
+    for name in _FUNCTIONS:
+        getattr(loaded, name).restype = None
     return loaded

@@ -1,0 +1,57 @@
+"""The gated activation on a CPU: a loop of `decoder_loops.c`, then plain products."""
+
+import torch
+from torch import Tensor
+
+from halfbyte.kernels import gated, native
+from halfbyte.kernels.dropout import Mask, dropout
+
+
+def gated_forward(gate_up: Tensor, size: int, activation: str, *, columns: int = 0) -> Tensor:
+    library = native.library()
+    if library is None or not native.has_rows(gate_up):
+        return gated.gated_forward.__wrapped__(gate_up, size, activation, columns=columns)  # type: ignore[attr-defined]
+    out = gate_up.new_empty(gate_up.shape[0], size + columns)
+    library.hb_gated_forward(
+        gate_up.data_ptr(),
+        out.data_ptr(),
+        gate_up.shape[0],
+        size,
+        gate_up.stride(0),
+        size + columns,
+        gated.ACTIVATIONS.index(activation),
+        torch.get_num_threads(),
+    )
+    return out
+
+
+def gated_backward_(
+    gate_up: Tensor,
+    grad_hidden: Tensor,
+    gate_up_xa: Tensor,
+    down_gb: Tensor,
+    size: int,
+    activation: str,
+    mask: Mask | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    library = native.library()
+    if library is None or not native.has_rows(gate_up, grad_hidden):
+        return gated.gated_backward_.__wrapped__(  # type: ignore[attr-defined]
+            gate_up, grad_hidden, gate_up_xa, down_gb, size, activation, mask
+        )
+    hidden = gate_up.new_empty(gate_up.shape[0], size)
+    library.hb_gated_backward(
+        gate_up.data_ptr(),
+        grad_hidden.data_ptr(),
+        hidden.data_ptr(),
+        gate_up.shape[0],
+        size,
+        gate_up.stride(0),
+        grad_hidden.stride(0),
+        gated.ACTIVATIONS.index(activation),
+        torch.get_num_threads(),
+    )
+    if mask is not None:
+        hidden = dropout(hidden, mask)
+    grad_B = (gate_up_xa.t() @ gate_up[:, : 2 * size]).float().t()
+    return grad_B[:size], grad_B[size:], (down_gb.t() @ hidden).float()

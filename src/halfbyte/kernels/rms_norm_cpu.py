@@ -1,0 +1,66 @@
+"""RMSNorm on a CPU: one pass of `decoder_loops.c` over each row that lies in cache."""
+
+import torch
+from torch import Tensor
+
+from halfbyte.kernels import native, rms_norm
+
+
+def add_rms_norm(
+    x: Tensor, delta: Tensor | None, weight: Tensor, eps: float, *, columns: int = 0
+) -> tuple[Tensor, Tensor]:
+    library = native.library()
+    if library is None or not native.has_rows(x, delta):
+        return rms_norm.add_rms_norm.__wrapped__(x, delta, weight, eps, columns=columns)  # type: ignore[attr-defined]
+    rows, size = x.shape
+    residual = x if delta is None else x.new_empty(rows, size)
+    normed = x.new_empty(rows, size + columns)
+    library.hb_add_rms_norm(
+        x.data_ptr(),
+        None if delta is None else delta.data_ptr(),
+        weight.data_ptr(),
+        eps,
+        residual.data_ptr(),
+        normed.data_ptr(),
+        rows,
+        size,
+        x.stride(0),
+        0 if delta is None else delta.stride(0),
+        size + columns,
+        torch.get_num_threads(),
+    )
+    return residual, normed
+
+
+def rms_norm_backward(
+    grad_normed: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    eps: float,
+    grad_residual: Tensor | None,
+    *,
+    columns: int = 0,
+) -> Tensor:
+    library = native.library()
+    if library is None or not native.has_rows(grad_normed, x, grad_residual):
+        return rms_norm.rms_norm_backward.__wrapped__(  # type: ignore[attr-defined]
+            grad_normed, x, weight, eps, grad_residual, columns=columns
+        )
+    rows, size = x.shape
+    out = x.new_empty(rows, size + columns)
+    library.hb_rms_norm_backward(
+        grad_normed.data_ptr(),
+        x.data_ptr(),
+        weight.data_ptr(),
+        eps,
+        None if grad_residual is None else grad_residual.data_ptr(),
+        out.data_ptr(),
+        rows,
+        size,
+        grad_normed.stride(0),
+        x.stride(0),
+        0 if grad_residual is None else grad_residual.stride(0),
+        size + columns,
+        torch.get_num_threads(),
+    )
+    return out
