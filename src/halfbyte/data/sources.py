@@ -55,11 +55,6 @@ class Source:
     def __len__(self) -> int:
         return len(self.rows)
 
-    @property
-    def columns(self) -> list[str]:
-        """The columns of the first row."""
-        return list(self.first())
-
     def first(self) -> dict[str, Any]:
         """Return the first row."""
         return next(decode(self.rows[:1], [0]))[1]
