@@ -5,6 +5,7 @@ import torch
 import transformers
 
 from halfbyte.checkpoint.publish import verify
+from halfbyte.checkpoint.reader import CheckpointReader
 from halfbyte.errors import CheckpointError, QuantizationError
 from halfbyte.models.load import load
 from halfbyte.models.quantize import quantize
@@ -90,6 +91,29 @@ def test_copies_the_tokenizer_and_no_weights_or_code(base, tmp_path):
     assert "README.md" in names
     assert not names & {"pytorch_model.bin", "modeling.py", "model.safetensors.index.json"}
     verify(out)
+
+
+def test_copies_named_chat_templates(base, tmp_path):
+    (base / "additional_chat_templates").mkdir()
+    (base / "additional_chat_templates" / "tools.jinja").write_text("{{ messages }}")
+    out = quantize(base, tmp_path / "out", device="cpu")
+    assert (out / "additional_chat_templates" / "tools.jinja").read_text() == "{{ messages }}"
+    verify(out)
+
+
+def test_does_not_follow_a_link_out_of_the_folder(base, tmp_path):
+    (tmp_path / "secret").write_text("mine")
+    (base / "notes.txt").symlink_to(tmp_path / "secret")
+    with pytest.raises(CheckpointError, match="is a link"):
+        quantize(base, tmp_path / "out", device="cpu")
+    assert not (tmp_path / "out").exists()
+
+
+def test_case_12_tensors_that_the_model_does_not_have(base, tmp_path, change_tensors, caplog):
+    change_tensors(base, lambda tensors: tensors.update(extra=torch.zeros(3)))
+    out = quantize(base, tmp_path / "out", device="cpu")
+    assert "'extra'" in caplog.text
+    assert "extra" not in CheckpointReader(out).names()
 
 
 def test_does_not_replace_what_is_there(base, tmp_path):

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 import halfbyte
 from halfbyte.checkpoint.header import read_json
 from halfbyte.device import compute_dtype, resolve_device
-from halfbyte.errors import CheckpointError, ConfigError, DeviceError
+from halfbyte.errors import CheckpointError, ConfigError, DeviceError, HalfbyteError
 from halfbyte.models.folder import find_folder
 from halfbyte.models.skeleton import Skeleton, read_skeleton
 from halfbyte.models.tokenizer import load_tokenizer
@@ -130,14 +130,17 @@ def _from_pretrained(folder: Path, settings: dict[str, Any]) -> Any:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder, output_loading_info=True, **settings
         )
-    except torch.OutOfMemoryError as error:
-        raise DeviceError(
-            f"{folder} does not fit the memory of the device: {error}",
-            hint="take a smaller model, or load in 4 bits",
-        ) from error
+    except HalfbyteError:
+        raise
     except (ImportError, ValueError) as error:
         raise ConfigError(f"transformers cannot load {folder} like this: {error}") from error
     except RuntimeError as error:
+        # OutOfMemoryError on a GPU; on a CPU it is told by the message alone.
+        if isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error):
+            raise DeviceError(
+                f"{folder} does not fit the memory of the device: {error}",
+                hint="take a smaller model, or load in 4 bits",
+            ) from error
         raise CheckpointError(f"transformers cannot load {folder}: {error}") from error
     model, info = loaded
     if info["missing_keys"] or info["mismatched_keys"]:

@@ -1,6 +1,7 @@
 """Write a 16-bit checkpoint as a 4-bit one, from disk to disk, one tensor in memory at a time."""
 
 import json
+import logging
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,10 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers.quantizers.base import HfQuantizer
-from transformers.utils import logging
+from transformers.utils.logging import tqdm
 
 from halfbyte.checkpoint.header import read_json
 from halfbyte.checkpoint.publish import publish
+from halfbyte.checkpoint.reader import inside
 from halfbyte.checkpoint.writer import ShardedWriter
 from halfbyte.device import resolve_device
 from halfbyte.errors import CheckpointError, QuantizationError
@@ -22,6 +24,8 @@ from halfbyte.quant import layout
 from halfbyte.quant.config import NF4Config, to_dtype
 from halfbyte.quant.quantizer import quantizable_modules
 from halfbyte.quant.weight import QuantizedWeight
+
+_log = logging.getLogger(__name__)
 
 _DEFAULT = NF4Config()
 # Other forms of the weights, indices of the old shards, and code.
@@ -37,6 +41,8 @@ _NOT_COPIED = (
     ".h5",
 )
 _MAX_COPIED_BYTES = 200_000_000
+# The one folder that tokenizers have: chat templates with names of their own.
+_TEMPLATES = "additional_chat_templates"
 
 
 def quantize(
@@ -76,6 +82,13 @@ def quantize(
         )
     if final.exists() and final.resolve() == folder.resolve():
         raise CheckpointError(f"{final} is the model itself", hint="choose another place")
+    if skeleton.unknown:
+        _log.warning(
+            "%s holds %d tensors that the model does not have, such as %r: they are left out",
+            folder,
+            len(skeleton.unknown),
+            skeleton.unknown[0],
+        )
     with publish(final, overwrite=overwrite) as partial:
         _copy_small_files(folder, partial)
         _write_config(folder, partial, skeleton, config)
@@ -101,7 +114,7 @@ def _quantized_tensors(
     turned = conv1d_weights(skeleton.model)
     on_disk = {target: name for name, target in skeleton.names.items()}
     ordered = [name for name in skeleton.model.state_dict() if name in on_disk]
-    for target in logging.tqdm(ordered, desc="Quantizing"):
+    for target in tqdm(ordered, desc="Quantizing"):
         name = on_disk[target]
         if target not in chosen:
             yield name, skeleton.reader.tensor(name)
@@ -139,4 +152,8 @@ def _copy_small_files(folder: Path, to: Path) -> None:
     for path in sorted(folder.iterdir()):
         is_small = path.is_file() and path.stat().st_size <= _MAX_COPIED_BYTES
         if is_small and not path.name.startswith(".") and not path.name.endswith(_NOT_COPIED):
-            shutil.copyfile(path, to / path.name)
+            shutil.copyfile(inside(folder, path.name), to / path.name)
+    templates = folder / _TEMPLATES
+    if templates.is_dir():
+        (to / _TEMPLATES).mkdir()
+        _copy_small_files(templates, to / _TEMPLATES)

@@ -45,6 +45,7 @@ class Skeleton:
         names: Name on disk to name in memory, for tensors that load as they are. A weight in
             four bits is named once, without its scales.
         converted: Names on disk of tensors that are put together when they load (experts).
+        unknown: Names on disk that the model has no place for.
         packed: Names on disk of the weights that are in four bits.
         quantization: What config.json says about quantization, or None.
     """
@@ -54,6 +55,7 @@ class Skeleton:
     reader: CheckpointReader
     names: dict[str, str]
     converted: list[str]
+    unknown: list[str]
     packed: set[str]
     quantization: dict[str, Any] | None
 
@@ -78,8 +80,18 @@ def read_skeleton(folder: Path) -> Skeleton:
     }
     _check_quantization(folder, quantization, packed)
     scales = {name + suffix for name in packed for suffix in SUFFIXES if suffix}
-    matched, converted, made = _match(model, [name for name in names if name not in scales])
-    skeleton = Skeleton(config, model, reader, matched, converted, packed, quantization)
+    names = [name for name in names if name not in scales]
+    matched, converted, made = _match(model, names)
+    skeleton = Skeleton(
+        config=config,
+        model=model,
+        reader=reader,
+        names=matched,
+        converted=converted,
+        unknown=sorted(set(names) - set(matched) - set(converted)),
+        packed=packed,
+        quantization=quantization,
+    )
     _check_names(skeleton, made)
     _check_shapes(skeleton)
     return skeleton
