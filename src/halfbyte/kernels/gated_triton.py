@@ -10,8 +10,8 @@ from halfbyte.kernels.dropout_triton import kept
 
 # 4 warps x 8 elements of 16 bits = 16 bytes a thread and access.
 _BLOCK = 1024
-# Programs of the backward: about eight waves of the 132 multiprocessors of an H100.
-_PROGRAMS = 1024
+# Programs of the backward: about sixteen for each of the 132 multiprocessors of an H100.
+_PROGRAMS = 2048
 
 
 @triton.jit
@@ -129,10 +129,9 @@ def gated_backward_(
     mask: Mask | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     T, R1, R2 = gate_up.shape[0], gate_up_xa.shape[1], down_gb.shape[1]
+    # [64, 32] tiles took 513 us at 8,192 tokens of Llama 8B on an H100, [128, 32] ones 593 to 619.
     # Accumulators of large ranks would not fit into registers with as many columns.
-    block_i, block_t = (
-        (128, 32) if max(R1, R2) <= 32 else (64, 32) if max(R1, R2) <= 64 else (32, 32)
-    )
+    block_i, block_t = (64, 32) if max(R1, R2) <= 64 else (32, 32)
     column_blocks = triton.cdiv(size, block_i)
     splits = max(1, min(triton.cdiv(_PROGRAMS, column_blocks), triton.cdiv(T, 4 * block_t)))
     tokens = triton.cdiv(triton.cdiv(T, splits), block_t) * block_t
