@@ -50,7 +50,8 @@ def test_debug_shows_the_traceback(call):
 
 
 def test_a_stopped_run_exits_with_its_signal(call):
-    assert call(Stopped("stopped by SIGTERM")).exit_code == 143
+    result = call(Stopped("stopped by SIGTERM"))
+    assert (result.exit_code, result.stderr) == (143, "stopped by SIGTERM\n")
 
 
 def test_ctrl_c_exits_with_130(call):

@@ -160,6 +160,12 @@ def test_demo_is_the_base_inside_the_package():
     assert resolve_model("owner/name") == "owner/name"
 
 
+def test_folders_become_absolute(tmp_path, monkeypatch):
+    (tmp_path / "base").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert resolve_model("base") == str(tmp_path / "base")
+
+
 def test_data_settings_alone():
     config = read_data_settings(["path=a.jsonl", "columns={prompt: q, completion: a}"])
     assert config.columns == {"prompt": "q", "completion": "a"}

@@ -19,8 +19,9 @@ INTERRUPTED = 130
 
 
 def report(error: HalfbyteError) -> None:
-    """Print an error and its hint on stderr."""
-    print(f"error: {error.message}", file=sys.stderr)
+    """Print an error and its hint on stderr; a run that was told to stop made no error."""
+    prefix = "" if hasattr(error, "exit_code") else "error: "
+    print(f"{prefix}{error.message}", file=sys.stderr)
     if error.hint:
         print(f"hint: {error.hint}", file=sys.stderr)
 

@@ -111,9 +111,13 @@ OWNERS = {name: section for section, part in SECTIONS.items() for name in part.m
 
 
 def resolve_model(name: str) -> str:
-    """Return the folder or hub name that `name` means: `demo` is the base inside the package."""
+    """Return the folder or hub name that `name` means.
+
+    `demo` is the base inside the package; a folder becomes absolute, so that what is written about
+    it holds wherever it is read.
+    """
     if name != "demo":
-        return name
+        return str(Path(name).resolve()) if Path(name).is_dir() else name
     from halfbyte.demo.base import base_path
 
     return str(base_path())
