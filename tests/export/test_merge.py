@@ -1,6 +1,8 @@
 """A merged checkpoint is base plus adapter, rounded once, and loads as a plain model."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -248,3 +250,34 @@ def test_sizes_are_read_as_people_write_them():
     for wrong in ("5", "GB", "0GB", "5 parsecs"):
         with pytest.raises(ConfigError, match="expected a size"):
             parse_size(wrong)
+
+
+MEASURE = """
+import resource, sys
+from halfbyte.export.merge import merge
+from halfbyte.quant.config import NF4Config
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+merge(sys.argv[1], sys.argv[3], base=sys.argv[2], quant=NF4Config())
+before = peak()
+merge(sys.argv[1], sys.argv[5], base=sys.argv[4], quant=NF4Config())
+print(peak() - before)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss is in KiB on Linux")
+def test_memory_holds_a_few_tensors_and_not_the_model(make_base, make_adapter, tmp_path):
+    small = {"hidden_size": 768, "intermediate_size": 2048, "num_attention_heads": 8}
+    folder, _ = make_adapter(make_base(**small), in_four_bits=False, identity=None)
+    large = make_base(**small, num_hidden_layers=10)
+    arguments = [folder, make_base(**small), tmp_path / "one", large, tmp_path / "two"]
+    done = subprocess.run(
+        [sys.executable, "-c", MEASURE, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    model_bytes = (large / "model.safetensors").stat().st_size
+    assert model_bytes > 120e6
+    assert int(done.stdout) < 0.3 * model_bytes
