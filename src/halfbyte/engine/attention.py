@@ -14,8 +14,9 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from halfbyte.kernels.attention import causal_attention
 
 # cuDNN before flash: 1.7 to 1.8 times its speed on Hopper (benchmarks/results).
 _DENSE = [
@@ -68,9 +69,7 @@ def attention(query: Tensor, key: Tensor, value: Tensor, layout: Layout, scale: 
         return out.reshape(query.shape[0], -1)
     shape = (layout.batch, layout.length)
     q, k, v = (x.view(*shape, *x.shape[1:]).transpose(1, 2) for x in (query, key, value))
-    out = F.scaled_dot_product_attention(
-        q, k, v, is_causal=True, scale=scale, enable_gqa=query.shape[1] != key.shape[1]
-    )
+    out = causal_attention(q, k, v, scale=scale)
     return out.transpose(1, 2).reshape(query.shape[0], -1)
 
 

@@ -11,9 +11,11 @@ from torch import Tensor, nn
 
 from halfbyte.engine import policy
 from halfbyte.engine.attention import Layout, backends
+from halfbyte.engine.cpu_layer import CpuLayer
 from halfbyte.engine.graph import Graphs
 from halfbyte.engine.layer import ACTIVATIONS, FusedLayer, dropout_of
 from halfbyte.errors import ConfigError
+from halfbyte.kernels import native
 
 _LAYERS = ("LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer")
 _PROJECTIONS = {
@@ -34,16 +36,17 @@ class FusedBody:
         model: The transformers body (`LlamaModel` and its like).
         memory: "auto" spends the free memory on saved activations, "lean" the least, "fast" saves
             all; or a budget for saved activations in bytes.
+        kind: How a layer runs: `FusedLayer`, or `CpuLayer` where it is.
     """
 
-    def __init__(self, model: Any, *, memory: str | int = "auto") -> None:
+    def __init__(
+        self, model: Any, *, memory: str | int = "auto", kind: type[FusedLayer] = FusedLayer
+    ) -> None:
         if isinstance(memory, str) and memory not in _MEMORY:
             raise ConfigError(f"expected memory of {_MEMORY} or a number of bytes, got {memory!r}")
         self.model = model
         self.memory = memory
-        self.layers = [
-            FusedLayer(layer, model.config, index) for index, layer in enumerate(model.layers)
-        ]
+        self.layers = [kind(layer, model.config, index) for index, layer in enumerate(model.layers)]
         self._levels: dict[int, list[str]] = {}
         adapters = [t for layer in self.layers for t in layer.adapters if t.requires_grad]
         self._graphs = Graphs(self._run_layers, adapters)
@@ -146,6 +149,14 @@ def _free_bytes(device: torch.device) -> int:
         return 1 << 62
     free, _ = torch.cuda.mem_get_info(device)
     return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+
+
+def layer_kind(weight: Tensor) -> type[FusedLayer] | None:
+    """Return how layers run fused where and as `weight` is, or None where that gains nothing."""
+    if weight.is_cuda:
+        return FusedLayer
+    is_quick = weight.device.type == "cpu" and weight.dtype == torch.bfloat16
+    return CpuLayer if is_quick and native.library() is not None else None
 
 
 def obstacle(model: nn.Module) -> str | None:

@@ -141,6 +141,9 @@ def _declare(loaded: ctypes.CDLL) -> ctypes.CDLL:
     loaded.hb_gated_forward.argtypes = [*[pointer] * 2, *[long] * 4, integer, integer]
     loaded.hb_gated_backward.argtypes = [*[pointer] * 3, *[long] * 4, integer, integer]
     loaded.hb_rope.argtypes = [*[pointer] * 4, ctypes.c_float, *[long] * 7, integer]
+    loaded.hb_attention_backward.argtypes = [
+        *[pointer] * 10, *[long] * 4, ctypes.c_float, integer,
+    ]  # fmt: skip
     for name in _FUNCTIONS:
         getattr(loaded, name).restype = None
     return loaded

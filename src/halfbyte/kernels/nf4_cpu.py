@@ -59,7 +59,7 @@ def dequantize_4bit(
             packed, absmax, shape=shape, dtype=dtype, block_size=block_size, quant_type=quant_type
         )
     out = packed.new_empty(tuple(shape), dtype=dtype)
-    _fill(library, out, packed, absmax, None, block_size=block_size, quant_type=quant_type)
+    fill_(library, out, packed, absmax, None, block_size=block_size, quant_type=quant_type)
     return out
 
 
@@ -83,11 +83,11 @@ def dequantize_nested(
         )
     out = packed.new_empty(tuple(shape), dtype=dtype)
     nested = (absmax_u8.contiguous(), nested_map.contiguous(), offset)
-    _fill(library, out, packed, nested_absmax, nested, block_size=block_size, quant_type=quant_type)
+    fill_(library, out, packed, nested_absmax, nested, block_size=block_size, quant_type=quant_type)
     return out
 
 
-def _fill(
+def fill_(
     library: ctypes.CDLL,
     out: torch.Tensor,
     packed: torch.Tensor,

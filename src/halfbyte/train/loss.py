@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from halfbyte.data.loader import Batch
-from halfbyte.engine.body import FusedBody, obstacle
+from halfbyte.engine.body import FusedBody, layer_kind, obstacle
 from halfbyte.engine.packed import merge, pack
 from halfbyte.kernels.cross_entropy import linear_cross_entropy
 from halfbyte.models.attention import use_cpu_attention
@@ -65,7 +65,7 @@ class LanguageModel:
     def of(cls, model: nn.Module, *, memory: str | int = "auto") -> "LanguageModel":
         """Take `model` apart if one small forward pass proves that the parts give its logits.
 
-        On a GPU the body runs fused where it has the shape for it.
+        The body runs fused where it has the shape for it and the machine has the means.
 
         Args:
             model: A causal language model, adapted or not.
@@ -84,8 +84,9 @@ class LanguageModel:
         head = _Head(linear, _logit_scale(causal.config), _softcap(causal.config))
         if not _proves(causal, body, head):
             return cls(model)
-        if linear.weight.is_cuda and obstacle(body) is None:
-            fused = FusedBody(body, memory=memory)
+        kind = layer_kind(linear.weight)
+        if kind is not None and obstacle(body) is None:
+            fused = FusedBody(body, memory=memory, kind=kind)
             if fused.agrees():
                 return cls(model, fused, head)
         return cls(model, body, head)

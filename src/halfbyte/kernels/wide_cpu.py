@@ -1,0 +1,36 @@
+"""The matrix of sibling projections on a CPU: dequantized in place where it has no border."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from halfbyte.kernels import native, nf4_cpu, wide
+from halfbyte.kernels.wide import Part
+
+
+def assemble_(matrix: Tensor, parts: Sequence[Part]) -> Tensor:
+    library = native.library()
+    has_border = matrix.shape[1] != parts[0].weight.shape[1]
+    if library is None or has_border or not matrix.is_contiguous():
+        return wide.assemble_.__wrapped__(matrix, parts)  # type: ignore[attr-defined]
+    start = 0
+    for part in parts:
+        weight = part.weight
+        rows = matrix[start : start + weight.shape[0]]
+        start += weight.shape[0]
+        if isinstance(weight, Tensor):
+            rows.copy_(weight)
+        else:
+            scales, nested = weight.absmax, None
+            if weight.nested_absmax is not None:
+                assert weight.nested_map is not None
+                assert weight.offset is not None
+                scales = weight.nested_absmax
+                nested = (weight.absmax, weight.nested_map, weight.offset)
+            settings: dict[str, Any] = {
+                "block_size": weight.block_size,
+                "quant_type": weight.quant_type,
+            }
+            nf4_cpu.fill_(library, rows, weight.packed, scales, nested, **settings)
+    return matrix
