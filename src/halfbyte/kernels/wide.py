@@ -84,6 +84,7 @@ def _dense(weight: Quantized | Tensor, dtype: torch.dtype) -> Tensor:
     if isinstance(weight, Tensor):
         return weight
     block_size, quant_type = weight.block_size, weight.quant_type
+    dtype = torch.float32 if dtype == torch.float64 else dtype
     if weight.nested_absmax is None or weight.nested_map is None or weight.offset is None:
         return dequantize_4bit(
             weight.packed, weight.absmax,

@@ -1,0 +1,52 @@
+import pytest
+import torch
+from torch import nn
+
+from halfbyte.engine.attention import Layout
+from halfbyte.engine.graph import Graphs
+
+
+def _graphs(device):
+    torch.manual_seed(0)
+    weight = nn.Parameter(torch.randn(8, 8, device=device))
+    weight.grad = torch.zeros_like(weight)
+
+    def run(x, cos, sin, layout, seed):
+        return torch.tanh(x @ weight) * cos + sin
+
+    return Graphs(run, [weight]), weight, run
+
+
+def _inputs(device, rows, seed):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(rows, 8, generator=generator).to(device) for _ in range(3)]
+
+
+def test_without_a_gpu_the_layers_run_as_they_are():
+    graphs, weight, run = _graphs("cpu")
+    layout = Layout(1, 4)
+    for seed in range(3):
+        inputs = _inputs("cpu", 4, seed)
+        weight.grad.zero_()
+        out = graphs(*inputs, layout, None)
+        assert torch.equal(out, run(*inputs, layout, None))
+        out.sum().backward()
+        assert weight.grad.norm() > 0
+
+
+@pytest.mark.gpu
+def test_replayed_steps_equal_plain_ones():
+    graphs, weight, run = _graphs("cuda")
+    for step in range(6):
+        rows = (4, 6)[step % 2]
+        inputs = _inputs("cuda", rows, step)
+        layout = Layout(1, rows)
+        weight.grad.zero_()
+        out = graphs(*inputs, layout, None)
+        (out * out).sum().backward()
+        actual = weight.grad.clone()
+        weight.grad.zero_()
+        expected = run(*inputs, layout, None)
+        (expected * expected).sum().backward()
+        torch.testing.assert_close(out, expected)
+        torch.testing.assert_close(actual, weight.grad)
