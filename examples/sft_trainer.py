@@ -22,7 +22,9 @@ from halfbyte import NF4Config
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", required=True, help="hub name or folder of the base model")
-    parser.add_argument("--dataset", required=True, help="hub name, or a JSONL file with `messages`")
+    parser.add_argument(
+        "--dataset", required=True, help="hub name, or a JSONL file with `messages`"
+    )
     parser.add_argument("--split", default="train", help="split of the data set, slices allowed")
     parser.add_argument("--output", type=Path, default=Path("out"), help="where results go")
     parser.add_argument("--max-length", type=int, default=1024, help="longest example in tokens")
