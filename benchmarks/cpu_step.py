@@ -23,6 +23,7 @@ import peft
 import torch
 from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
+from transformers.utils.logging import disable_progress_bar
 
 import halfbyte as hb
 from halfbyte.data.loader import Batch
@@ -164,6 +165,7 @@ def main():
         parser.error("--cpu-time adds up the threads: it needs --threads 1")
     if options.threads:
         torch.set_num_threads(options.threads)
+    disable_progress_bar()
     with tempfile.TemporaryDirectory() as folder:
         make_base(folder, options.layers)
         contestants = {"halfbyte": our_step(folder)}

@@ -26,8 +26,10 @@ from halfbyte.kernels.cross_entropy import linear_cross_entropy
 from halfbyte.models.attention import use_cpu_attention
 
 IGNORE_INDEX = -100
-# Several of these fill an 80 GB card; the policy recomputes where they do not fit.
+# Several of these fill an 80 GB card; the policy recomputes where they do not fit. A CPU gains
+# nothing from more, and a small micro-batch is how its user keeps memory small.
 _TOKENS_AT_ONCE = 8192
+_TOKENS_AT_ONCE_CPU = 1024
 _PROBE_TOKENS = 8
 _PROBE_TOLERANCE = (
     0.02  # of the largest logit; two roundings of bf16 stay below, a forgotten scale does not
@@ -102,9 +104,11 @@ class LanguageModel:
         Fused, packed rows cost only their tokens, so short micro-batches are put together; the
         loss is a sum over tokens and does not change.
         """
-        if not self.is_fused:
+        if not self.is_fused or self.head is None:
             return [[batch] for batch in batches]
-        return merge(batches, max(_TOKENS_AT_ONCE, *(batch.num_tokens for batch in batches)))
+        is_cpu = self.head.linear.weight.device.type == "cpu"
+        at_once = _TOKENS_AT_ONCE_CPU if is_cpu else _TOKENS_AT_ONCE
+        return merge(batches, max(at_once, *(batch.num_tokens for batch in batches)))
 
     def loss_sum(self, *batches: Batch) -> Tensor:
         """Return the summed loss of the supervised tokens: float32 scalar, on the last device.
