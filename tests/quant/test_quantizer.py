@@ -1,6 +1,7 @@
 """The quantizer inside transformers, with bitsandbytes beside it as the oracle."""
 
 import copy
+import sys
 
 import pytest
 import torch
@@ -248,3 +249,22 @@ def test_peft_adapters_train_on_it(make_model, trainer, tokens, prepared, gradie
         assert model(tokens, labels=tokens).loss < before
     base = model.base_model.model.model.layers[0].mlp.up_proj.base_layer
     assert torch.equal(base.weight, codes)
+
+
+def test_parameters_are_counted_without_bitsandbytes(tmp_path, monkeypatch):
+    config = transformers.LlamaConfig(
+        hidden_size=64, intermediate_size=96, num_hidden_layers=1, num_attention_heads=2,
+        vocab_size=32, tie_word_embeddings=True,
+    )  # fmt: skip
+    plain = transformers.LlamaForCausalLM(config)
+    plain.save_pretrained(tmp_path)
+    model = from_pretrained(tmp_path, quantization_config=NF4Config())
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    assert model.num_parameters() == plain.num_parameters()
+    assert model.num_parameters(exclude_embeddings=True) == plain.num_parameters(
+        exclude_embeddings=True
+    )
+    copied = copy.deepcopy(model)
+    copied.requires_grad_(False)
+    assert copied.num_parameters(only_trainable=True) == 0
+    assert model.dequantize().num_parameters() == plain.num_parameters()

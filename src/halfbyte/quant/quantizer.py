@@ -34,6 +34,30 @@ from halfbyte.quant.weight import QuantizedWeight
 _BYTES_PER_ELEMENT = {True: 0.5 + 1 / 64, False: 0.5 + 4 / 64}
 
 
+def num_parameters(
+    model: nn.Module,
+    only_trainable: bool = False,  # noqa: FBT001, FBT002  (as PreTrainedModel.num_parameters)
+    exclude_embeddings: bool = False,  # noqa: FBT001, FBT002
+) -> int:
+    """Return how many parameters a model has, a 4-bit weight counted as its matrix.
+
+    Args:
+        model: Any model.
+        only_trainable: Leave out what gets no gradient.
+        exclude_embeddings: Leave out the weights of `nn.Embedding`.
+    """
+    total, seen = 0, set()
+    for module in model.modules():
+        if exclude_embeddings and isinstance(module, nn.Embedding):
+            continue
+        for name, parameter in module.named_parameters(recurse=False):
+            if id(parameter) not in seen and (parameter.requires_grad or not only_trainable):
+                seen.add(id(parameter))  # a tied weight counts once
+                packed = isinstance(module, NF4Linear) and module.is_quantized and name == "weight"
+                total += module.quantized.shape.numel() if packed else parameter.numel()
+    return total
+
+
 @register_quantizer(METHOD)
 class NF4Quantizer(HfQuantizer):
     """Loads models in four bits, and gives them back in sixteen."""
@@ -110,6 +134,8 @@ class NF4Quantizer(HfQuantizer):
             if not any(isinstance(op, _Deserialize) for op in getattr(conversion, "operations", ()))
         ] or None
         model.is_loaded_in_4bit = True
+        # transformers' own asks bitsandbytes which parameters hold two weights in a byte.
+        model.num_parameters = functools.partial(num_parameters, model)
         return model
 
     def get_quantize_ops(self) -> ConversionOps:
@@ -130,6 +156,7 @@ class NF4Quantizer(HfQuantizer):
         for name, layer in nf4_layers(model):
             model.set_submodule(name, _dense_layer(layer, dtype))
         model.is_loaded_in_4bit = False
+        del model.num_parameters
         return model
 
     def is_serializable(self, **kwargs: Any) -> bool:
