@@ -46,15 +46,19 @@ def num_parameters(
         only_trainable: Leave out what gets no gradient.
         exclude_embeddings: Leave out the weights of `nn.Embedding`.
     """
-    total, seen = 0, set()
+    total = 0
+    seen = set()  # a tied weight counts once, and not at all where it is an embedding's
+    if exclude_embeddings:
+        seen = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     for module in model.modules():
-        if exclude_embeddings and isinstance(module, nn.Embedding):
-            continue
         for name, parameter in module.named_parameters(recurse=False):
-            if id(parameter) not in seen and (parameter.requires_grad or not only_trainable):
-                seen.add(id(parameter))  # a tied weight counts once
-                packed = isinstance(module, NF4Linear) and module.is_quantized and name == "weight"
-                total += module.quantized.shape.numel() if packed else parameter.numel()
+            if id(parameter) in seen or (only_trainable and not parameter.requires_grad):
+                continue
+            seen.add(id(parameter))
+            if isinstance(module, NF4Linear) and module.is_quantized and name == "weight":
+                total += module.in_features * module.out_features
+            else:
+                total += parameter.numel()
     return total
 
 
