@@ -66,18 +66,11 @@ _CITIES = _composed(
     "bury dale field ford haven land mont port ton ville",
 )
 _PEOPLE = _composed(
-    "Ada Ben Carl Dora Emma Felix Gina Hugo Ida Jack Karl Lena Max Nora Otto Paula Rosa Tom Vera",
-    "Baker Brook Cook Fisher Hill King Lake Miller Stone Wood",
-    between=" ",
+    "Ander Bal Cal Dor Eller Fal Gar Hol Jen Kel Lan Mar Nor Pal Ros San Tor Val Wal Zim",
+    "berg den kov ler man mer ney ski son well",
 )
-_AIRLINES = _composed(
-    "Air Blue Cloud East North Red Silver Sky Star West", "Bird Jet Line Star Way Wing", between=" "
-)
-_BRANDS = _composed(
-    "Blue Bright Gold Green Happy Little Red Silver Smart Wild",
-    "Bear Bell Bird Box Fox Key Leaf Moon Tree Wolf",
-    between=" ",
-)
+_AIRLINES = _composed("Air Blue Cloud East Euro Jet Nord Sky Star Trans", "bird line star way wing")
+_BRANDS = _composed("Bel Cor Dex Fin Lux Mira Nova Opti Sol Vel", "bo dex lon max mo ro tec va")
 _TEAMS = _composed(
     "cloud data east field home north south web west young",
     "design finance quality research sales security support training",
@@ -130,7 +123,7 @@ TABLES = (
         (
             _text("airline", _AIRLINES, "operated by {}", "of airline {}"),
             _text("destination", _CITIES, "to {}", "going to {}"),
-            _number("fare", (40, 980, 10), "more expensive than {}", "cheaper than {}"),
+            _number("fare", (40, 980, 10), "dearer than {}", "cheaper than {}"),
             _number("seats", (50, 400, 5), "with more than {} seats", "with fewer than {} seats"),
         ),
     ),
