@@ -165,3 +165,14 @@ def test_packed_rows_give_the_logits_that_they_give_alone(attention):
                 with torch.no_grad():
                     alone = model(batch.input_ids[row : row + 1, start:end]).logits[0]
                 torch.testing.assert_close(packed[row, start:end], alone, atol=1e-5, rtol=1e-4)
+
+
+def test_a_batch_knows_its_rows():
+    rows = rows_of([3, 9, 4, 2, 5])
+    plan = plan_of(rows, packing=True)
+    batches = plan.step(0, 0)
+    assert sorted(row for batch in batches for row in batch.rows) == list(range(5))
+    numbered = rows.add_column("source", [70, 71, 72, 73, 74])
+    first = next(eval_batches(numbered, 2, 0))
+    assert first.rows == (70, 71)
+    assert first.to("cpu").rows == (70, 71)

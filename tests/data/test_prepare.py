@@ -50,7 +50,7 @@ def texts(tokenizer, dataset):
 def test_question_and_answer_train_with_two_words_of_configuration(run, tokenizer, learned):
     data = run(sums(5), columns=GSM8K)
     assert texts(tokenizer, data.train)[0] == "<s>What is 0 plus two?\nIt is 2.</s>\n"
-    assert data.train.column_names == ["input_ids", "labels"]
+    assert data.train.column_names == ["input_ids", "labels", "source"]
     (row,) = data.train.select([3]).to_list()
     taught = [label for label in row["labels"] if label != -100]
     assert tokenizer.decode(taught) == "It is 5.</s>"

@@ -158,7 +158,7 @@ def test_non_finite_loss_is_caught_before_the_update(poison, make_lora, batch_of
     bad.input_ids[0, 3] = 50
     before = {name: p.detach().clone() for name, p in trainable(model).items()}
     with pytest.raises(
-        TrainingError, match=r"step 8: the loss of micro-step 2 of 2 \(2 rows, 14 tokens\) is nan"
+        TrainingError, match=r"step 8: the loss of micro-step 2 of 2 \(14 tokens\) is nan"
     ):
         train_step(
             parts, optimizer, [good, bad], step=7, learning_rate=1e-3, max_grad_norm=1.0, seed=0

@@ -30,6 +30,7 @@ class Batch:
             (transformers reads them when it is called with `use_cache=False`).
         num_supervised: Labels that the shifted loss sees.
         num_tokens: Tokens that are not padding.
+        rows: The numbers of the data's rows in it, from 0, where they are known.
     """
 
     input_ids: Tensor
@@ -38,6 +39,7 @@ class Batch:
     attention_mask: Tensor | None
     num_supervised: int
     num_tokens: int
+    rows: tuple[int, ...] = ()
 
     def to(self, device: torch.device | str) -> "Batch":
         """Return the batch on `device`; from pinned memory the copy does not wait."""
@@ -49,6 +51,7 @@ class Batch:
             None if mask is None else mask.to(device, non_blocking=True),
             self.num_supervised,
             self.num_tokens,
+            self.rows,
         )
 
 
@@ -193,4 +196,5 @@ def make_batch(
         torch.from_numpy(mask) if is_padded and not packing else None,
         int((labels[:, 1:] != IGNORE_INDEX).sum()),
         int(mask.sum()),
+        tuple(map(int, rows.get("source", numbers))),
     )

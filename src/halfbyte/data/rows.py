@@ -98,12 +98,12 @@ class TokenRows:
         return sha.hexdigest()
 
     def to_dataset(self) -> datasets.Dataset:
-        """Return the rows with the columns `input_ids` and `labels`."""
+        """Return the rows with the columns `input_ids`, `labels` and `source`."""
         columns = {
             name: pyarrow.LargeListArray.from_arrays(self.offsets, values)
             for name, values in (("input_ids", self.input_ids), ("labels", self.labels))
         }
-        return datasets.Dataset(pyarrow.table(columns))
+        return datasets.Dataset(pyarrow.table({**columns, "source": self.source}))
 
     @classmethod
     def from_dataset(cls, dataset: datasets.Dataset) -> Self:

@@ -19,6 +19,23 @@ from halfbyte.train.loss import LanguageModel
 from halfbyte.train.rng import seed_micro_step
 
 _CLIP_EPSILON = 1e-6  # as torch.nn.utils.clip_grad_norm_
+_NUM_LISTED = 16
+
+
+class NonFiniteError(TrainingError):
+    """A step's loss or gradient is NaN or Inf; nothing was updated.
+
+    Attributes:
+        rows: Numbers of the data's rows that it comes from, from 0; empty where not known.
+    """
+
+    def __init__(self, message: str, rows: Sequence[int]) -> None:
+        self.rows = tuple(rows)
+        super().__init__(
+            message,
+            hint="check these rows, lower learning_rate, or set max_skipped_steps to go on without "
+            "such steps; resume_from_checkpoint: auto goes on from the last checkpoint",
+        )
 
 
 @dataclass(frozen=True)
@@ -60,7 +77,7 @@ def train_step(
         seed: Of the run.
 
     Raises:
-        TrainingError: the loss or the gradient is not finite; nothing was updated.
+        NonFiniteError: the loss or the gradient is not finite; nothing was updated.
     """
     supervised = sum(batch.num_supervised for batch in batches)
     optimizer.zero_grad()
@@ -93,13 +110,24 @@ def _check_finite(
         return
     bad = next((position for position, loss in enumerate(losses) if not math.isfinite(loss)), None)
     if bad is None:
+        batches = [batch for group in groups for batch in group]
         what = f"the gradient norm is {grad_norm}"
     else:
-        rows = sum(batch.input_ids.shape[0] for batch in groups[bad])
-        tokens = sum(batch.num_tokens for batch in groups[bad])
-        where = f"micro-step {bad + 1} of {len(groups)} ({rows} rows, {tokens} tokens)"
+        batches = list(groups[bad])
+        tokens = sum(batch.num_tokens for batch in batches)
+        where = f"micro-step {bad + 1} of {len(groups)} ({tokens} tokens)"
         what = f"the loss of {where} is {losses[bad]}"
-    raise TrainingError(
-        f"step {step + 1}: {what}; nothing was updated or saved",
-        hint="lower learning_rate, check this batch's data, or resume from the last checkpoint",
+    rows = [row for batch in batches for row in batch.rows]
+    raise NonFiniteError(
+        f"step {step + 1}: {what}, in {_name_rows(rows)}; nothing was updated or saved", rows
     )
+
+
+def _name_rows(rows: Sequence[int]) -> str:
+    """Name rows as people count them, from 1."""
+    if not rows:
+        return "rows without a number"
+    numbers = sorted({row + 1 for row in rows})
+    listed = ", ".join(map(str, numbers[:_NUM_LISTED]))
+    more = f" and {len(numbers) - _NUM_LISTED} more" if len(numbers) > _NUM_LISTED else ""
+    return f"{'rows' if len(numbers) > 1 else 'row'} {listed}{more} of the data"
