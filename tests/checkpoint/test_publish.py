@@ -7,7 +7,7 @@ import textwrap
 
 import pytest
 
-from halfbyte.checkpoint.publish import MANIFEST, publish, sha256, verify
+from halfbyte.checkpoint.publish import MANIFEST, publish, publish_resumably, sha256, verify
 from halfbyte.errors import CheckpointError
 
 
@@ -199,3 +199,63 @@ def test_case_84_odd_names_work(tmp_path):
 def test_sha256_is_that_of_the_file(tmp_path):
     (tmp_path / "file").write_bytes(b"abc")
     assert sha256(tmp_path / "file").startswith("ba7816bf8f01cfea")
+
+
+PURPOSE = {"what": "weights", "size": 1}
+
+
+def start_resumable(final, purpose=PURPOSE, error=None, **settings):
+    with publish_resumably(final, purpose, **settings) as (partial, journal):
+        found = [entry["file"] for entry in journal.entries]
+        (partial / "weights").write_text("new")
+        journal.add({"file": "weights"})
+        if error is not None:
+            raise error
+    return found
+
+
+def test_resumable_appears_whole_without_its_journal(tmp_path):
+    assert start_resumable(tmp_path / "out") == []
+    verify(tmp_path / "out")
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [MANIFEST, "weights"]
+    assert left_over(tmp_path) == []
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(28, "No space left on device")])
+def test_what_may_go_better_next_time_is_kept(tmp_path, error):
+    with pytest.raises((KeyboardInterrupt, CheckpointError)) as caught:
+        start_resumable(tmp_path / "out", error=error)
+    if isinstance(error, OSError):
+        assert "No space left" in caught.value.message
+        assert "same command again" in caught.value.hint
+    assert start_resumable(tmp_path / "out") == ["weights"]
+    assert left_over(tmp_path) == []
+
+
+def test_an_error_that_would_come_again_leaves_nothing(tmp_path):
+    with pytest.raises(ValueError, match="wrong"):
+        start_resumable(tmp_path / "out", error=ValueError("wrong"))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_another_purpose_begins_anew(tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        start_resumable(tmp_path / "out", error=KeyboardInterrupt())
+    assert start_resumable(tmp_path / "out", {"what": "other"}) == []
+
+
+def test_two_writers_of_one_folder_are_refused(tmp_path):
+    with publish_resumably(tmp_path / "out", PURPOSE) as (partial, _):
+        (partial / "weights").write_text("mine")
+        with pytest.raises(CheckpointError, match="another process is writing"):
+            start_resumable(tmp_path / "out")
+    assert (tmp_path / "out" / "weights").read_text() == "mine"
+
+
+def test_resumable_replaces_only_when_allowed(tmp_path):
+    make(tmp_path / "out", "old")
+    with pytest.raises(CheckpointError, match="already exists"):
+        start_resumable(tmp_path / "out")
+    start_resumable(tmp_path / "out", overwrite=True)
+    assert (tmp_path / "out" / "weights").read_text() == "new"
+    assert left_over(tmp_path) == []

@@ -3,17 +3,23 @@
 Files are written into a hidden directory beside the final one, synced, listed in a manifest with
 sizes and SHA-256, and renamed into place; the parent directory is synced last. A crash at any
 moment leaves the old directory or the new one, never a mixture.
+
+What takes long is published resumably: the hidden directory then has one name for each final one,
+and a journal in it lists what is whole. After a crash the next call finds both and goes on.
 """
 
 import contextlib
+import fcntl
 import hashlib
 import json
 import os
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
+from halfbyte.checkpoint.journal import JOURNAL_FILE, Journal
 from halfbyte.errors import CheckpointError
 
 MANIFEST = "manifest.json"
@@ -39,7 +45,11 @@ def sha256(path: Path) -> str:
 
 
 def _files(directory: Path) -> list[Path]:
-    return sorted(path for path in directory.rglob("*") if path.is_file() and path.name != MANIFEST)
+    return sorted(
+        path
+        for path in directory.rglob("*")
+        if path.is_file() and path.name not in (MANIFEST, JOURNAL_FILE)
+    )
 
 
 def write_manifest(directory: Path) -> None:
@@ -94,30 +104,111 @@ def publish(final: Path, *, overwrite: bool = False) -> Iterator[Path]:
         CheckpointError: `final` exists and `overwrite` is false, or it cannot be written.
     """
     final = Path(final)
-    if final.exists() and not overwrite and (not final.is_dir() or any(final.iterdir())):
-        raise CheckpointError(
-            f"{final} already exists", hint="choose another place, or allow it to be overwritten"
-        )
-    unique = uuid.uuid4().hex[:8]
-    partial = final.parent / f".{final.name}.{unique}.partial"
-    try:
-        partial.mkdir(parents=True)
-    except OSError as error:
-        raise CheckpointError(f"cannot write to {final.parent}: {error.strerror}") from error
+    _check_free(final, overwrite=overwrite)
+    partial = final.parent / f".{final.name}.{uuid.uuid4().hex[:8]}.partial"
+    _make_folder(partial)
     try:
         yield partial
         write_manifest(partial)
-        if final.exists():
-            old = final.parent / f".{final.name}.{unique}.old"
-            final.rename(old)
-            partial.rename(final)
-            shutil.rmtree(old, ignore_errors=True)
-        else:
-            partial.rename(final)
-        _sync(final.parent)
+        _put_in_place(partial, final)
     except OSError as error:
         shutil.rmtree(partial, ignore_errors=True)
         raise CheckpointError(f"writing {final} failed: {error}") from error
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
+
+
+@contextlib.contextmanager
+def publish_resumably(
+    final: Path, purpose: Mapping[str, Any], *, overwrite: bool = False
+) -> Iterator[tuple[Path, Journal]]:
+    """Yield a directory that becomes `final`, and the journal of what it holds already.
+
+    What an interrupted call left is there again for the next one with the same `purpose`; anything
+    else that was left is discarded. Errors that would come again leave nothing; a kill, an
+    interrupt or a full disk leaves what is whole.
+
+    Args:
+        final: The directory to make.
+        purpose: JSON values that tell what is written: equal ones must give equal bytes.
+        overwrite: Replace a directory that is already there (it stays until the new one is whole).
+
+    Raises:
+        CheckpointError: `final` exists and `overwrite` is false, another process is writing it, or
+            it cannot be written.
+    """
+    final = Path(final)
+    _check_free(final, overwrite=overwrite)
+    partial = final.parent / f".{final.name}.partial"
+    _make_folder(partial)
+    with _locked(partial):
+        journal = Journal(partial, purpose)
+        try:
+            yield partial, journal
+            write_manifest(partial)
+            journal.path.unlink()
+            _put_in_place(partial, final)
+        except BaseException as error:
+            is_kept = bool(journal.entries) and _may_go_better(error)
+            if not is_kept:
+                shutil.rmtree(partial, ignore_errors=True)
+            if isinstance(error, OSError) or isinstance(error.__cause__, OSError):
+                raise CheckpointError(
+                    f"writing {final} failed: {getattr(error, 'message', error)}",
+                    hint="make room and give the same command again: what is whole is kept"
+                    if is_kept
+                    else None,
+                ) from error
+            raise
+
+
+def _may_go_better(error: BaseException) -> bool:
+    """Whether the same call, made again, may succeed: after an interrupt, or with more room."""
+    causes = (OSError, KeyboardInterrupt, SystemExit)
+    return isinstance(error, causes) or isinstance(error.__cause__, OSError)
+
+
+def _check_free(final: Path, *, overwrite: bool) -> None:
+    if final.exists() and not overwrite and (not final.is_dir() or any(final.iterdir())):
+        raise CheckpointError(
+            f"{final} already exists", hint="choose another place, or allow it to be overwritten"
+        )
+
+
+def _make_folder(partial: Path) -> None:
+    try:
+        partial.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CheckpointError(f"cannot write to {partial.parent}: {error.strerror}") from error
+
+
+@contextlib.contextmanager
+def _locked(directory: Path) -> Iterator[None]:
+    """Hold a directory's lock; the system releases it when the process ends, however."""
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # The one who held it may have put the directory into its place meanwhile.
+            is_ours = os.path.samestat(directory.stat(), os.fstat(descriptor))
+        except OSError:
+            is_ours = False
+        if not is_ours:
+            raise CheckpointError(
+                f"another process is writing {directory}", hint="wait for it to end"
+            )
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _put_in_place(partial: Path, final: Path) -> None:
+    if final.exists():
+        old = final.parent / f".{final.name}.{uuid.uuid4().hex[:8]}.old"
+        final.rename(old)
+        partial.rename(final)
+        shutil.rmtree(old, ignore_errors=True)
+    else:
+        partial.rename(final)
+    _sync(final.parent)
