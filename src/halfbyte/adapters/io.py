@@ -51,20 +51,23 @@ def write_adapter(model: PeftModel, folder: Path, *, adapter: str = "default") -
     Raises:
         AdapterError: the model has no such adapter, or it holds NaN or Inf.
     """
-    names = sorted(model.peft_config) if isinstance(model, PeftModel) else []
-    if adapter not in names:
-        raise AdapterError(
-            f"expected an adapter {adapter!r} on the model, found {names}",
-            hint="add one first: model = halfbyte.add_lora(model)",
-        )
-    tensors = _tensors(model, adapter)
-    files.check_finite(tensors, f"the adapter {adapter!r}")
+    description = describe_adapter(model, adapter)
+    write_tensors(_host_copy(adapter_tensors(model, adapter)), description, folder)
+
+
+def write_tensors(
+    tensors: dict[str, Tensor], description: dict[str, dict[str, Any]], folder: Path
+) -> None:
+    """Write what `adapter_tensors` (on the CPU, contiguous) and `describe_adapter` returned.
+
+    Raises:
+        AdapterError: a tensor holds NaN or Inf.
+    """
+    files.check_finite(tensors, "the adapter")
     folder.mkdir(parents=True, exist_ok=True)
     with _replacing(folder / files.WEIGHTS_FILE) as path:
         save_file(tensors, path, metadata={"format": "pt"})
-    # The configuration comes last: with it the folder is an adapter.
-    contents = {files.IDENTITY_FILE: _identity(model), files.CONFIG_FILE: _config(model, adapter)}
-    for name, content in contents.items():
+    for name, content in description.items():
         with _replacing(folder / name) as path:
             path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
@@ -120,14 +123,33 @@ def restore_adapter(model: PeftModel, folder: str | Path, *, adapter: str = "def
     _set_tensors(model, files.read_adapter_files(folder), adapter)
 
 
-def _tensors(model: PeftModel, adapter: str) -> dict[str, Tensor]:
-    """Return the adapter's tensors under peft's names, contiguous, on the CPU, sharing nothing."""
+def describe_adapter(model: PeftModel, adapter: str = "default") -> dict[str, dict[str, Any]]:
+    """Return an adapter's JSON files by name; training does not change them.
+
+    Raises:
+        AdapterError: the model has no such adapter.
+    """
+    names = sorted(model.peft_config) if isinstance(model, PeftModel) else []
+    if adapter not in names:
+        raise AdapterError(
+            f"expected an adapter {adapter!r} on the model, found {names}",
+            hint="add one first: model = halfbyte.add_lora(model)",
+        )
+    # The configuration comes last: with it the folder is an adapter.
+    return {files.IDENTITY_FILE: _identity(model), files.CONFIG_FILE: _config(model, adapter)}
+
+
+def adapter_tensors(model: PeftModel, adapter: str = "default") -> dict[str, Tensor]:
+    """Return the adapter's tensors under peft's names, where they are: training changes them."""
     state = get_peft_model_state_dict(
         model, adapter_name=adapter, save_embedding_layers=_saves_embeddings(model, adapter)
     )
-    return {
-        name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in state.items()
-    }
+    return {name: tensor.detach() for name, tensor in state.items()}
+
+
+def _host_copy(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return copies on the CPU, contiguous, sharing nothing."""
+    return {name: tensor.to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
 
 
 def _saves_embeddings(model: PeftModel, adapter: str) -> bool:
