@@ -1,6 +1,7 @@
 """What all tests share: where Triton kernels run, and quick, quiet libraries."""
 
 import os
+import weakref
 
 # Before anything imports a library that reads these.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -87,3 +88,63 @@ def make_tokenizer() -> transformers.PreTrainedTokenizerFast:
         pad_token="<|endoftext|>",
         chat_template=CHAT_TEMPLATE,
     )
+
+
+class FakePool:
+    """A device with little memory, made of the CPU's, to test paging on.
+
+    Copies happen as late as the contract allows, so that a wait that is missing shows.
+    """
+
+    is_apart = True
+
+    def __init__(self, capacity):
+        self.capacity = capacity
+        self.used = 0
+        self.moved = []
+        self._queue = []
+
+    def on_device(self, nbytes):
+        if self.used + nbytes > self.capacity:
+            raise torch.OutOfMemoryError(f"fake device: {nbytes} bytes do not fit")
+        buffer = torch.full((nbytes,), 0xFF, dtype=torch.uint8)  # what a page forgot to set shows
+        self.used += nbytes
+        weakref.finalize(buffer.untyped_storage(), self._free, nbytes)
+        return buffer
+
+    def _free(self, nbytes):
+        self.used -= nbytes
+
+    def on_host(self, nbytes):
+        return torch.full((nbytes,), 0xFF, dtype=torch.uint8)
+
+    def fetch(self, page, slot):
+        self.moved.append("in")
+        slot.fill_(0xEE)
+        self._queue.append((slot[: page.numel()], page, slot.data_ptr()))
+
+    def arrived(self, slot):
+        while any(to.data_ptr() == slot.data_ptr() for to, _, _ in self._queue):
+            self._copy_first()
+
+    def store(self, slot, page):
+        self.moved.append("out")
+        # The slot may be used again at once: by contract a fetch waits for this copy.
+        self._queue.append((page, slot[: page.numel()].clone(), 0))
+        page.fill_(0xEE)
+
+    def finish(self):
+        while self._queue:
+            self._copy_first()
+
+    synchronize = finish
+
+    def _copy_first(self):
+        to, source, _ = self._queue.pop(0)
+        to.copy_(source)
+
+
+@pytest.fixture
+def fake_pool() -> type[FakePool]:
+    """Return the class: `fake_pool(capacity)` makes a device of so many bytes."""
+    return FakePool

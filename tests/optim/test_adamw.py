@@ -8,6 +8,8 @@ import torch
 from torch import nn
 
 from halfbyte.errors import CheckpointError, ConfigError
+from halfbyte.memory.pager import Paging
+from halfbyte.optim import adamw
 from halfbyte.optim.adamw import AdamW
 
 
@@ -144,3 +146,111 @@ def test_nothing_to_train_says_to_add_adapters():
 def test_wrong_number_of_bits_is_refused():
     with pytest.raises(ConfigError, match="32 or 8, got 4"):
         AdamW(Toy().named_parameters(), state_bits=4)
+
+
+PAGE_BYTES = 2 * 256 * 8  # two blocks of 32-bit state
+
+
+def trained(model, steps=20, **options):
+    optimizer = AdamW(model.named_parameters(), lr=1e-2, weight_decay=0.1, **options)
+    for x in inputs(steps):
+        optimizer.zero_grad()
+        model(x).square().sum().backward()
+        optimizer.step(grad_scale=0.5)
+    return optimizer
+
+
+@pytest.mark.parametrize("state_bits", [32, 8])
+@pytest.mark.parametrize("resident", [0, 4 * PAGE_BYTES, None])
+def test_paged_equals_unpaged_bit_for_bit(state_bits, resident, fake_pool):
+    whole, cut = Toy(), Toy()
+    pool = fake_pool(6 * PAGE_BYTES)
+    unpaged = trained(whole, state_bits=state_bits)
+    paged = trained(cut, state_bits=state_bits, paged=Paging(PAGE_BYTES, resident, pool))
+    assert paged.host_bytes > 0 or state_bits == 8
+    assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), cut.parameters(), strict=True))
+    states = unpaged.state_dict(), paged.state_dict()
+    assert states[0].keys() == states[1].keys()
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+
+
+def test_paged_8bit_follows_bitsandbytes_paged_8bit(fake_pool):
+    torch.manual_seed(0)
+    ours = nn.Linear(512, 64, bias=False)
+    theirs = copy.deepcopy(ours)
+    paging = Paging(PAGE_BYTES, 0, fake_pool(2 * PAGE_BYTES))
+    optimizer = AdamW(ours.named_parameters(), lr=1e-2, state_bits=8, paged=paging)
+    # On a CPU bitsandbytes has no unified memory to page; its values are those of the unpaged one.
+    peer = bitsandbytes.optim.AdamW8bit(theirs.parameters(), lr=1e-2, weight_decay=0.0)
+    for _ in range(10):
+        x = torch.randn(8, 512)
+        for model, zero in ((ours, optimizer.zero_grad), (theirs, peer.zero_grad)):
+            zero()
+            model(x).square().sum().backward()
+        optimizer.step()
+        peer.step()
+    assert (ours.weight - theirs.weight).abs().mean() < 1e-4  # of a path of 10 steps of 1e-2
+
+
+@pytest.mark.parametrize("state_bits", [32, 8])
+def test_state_moves_between_paged_and_unpaged(state_bits, fake_pool):
+    whole = Toy()
+    saved = trained(whole, state_bits=state_bits).state_dict()
+    other = AdamW(
+        Toy().named_parameters(),
+        state_bits=state_bits,
+        paged=Paging(PAGE_BYTES, PAGE_BYTES, fake_pool(10 * PAGE_BYTES)),
+    )
+    other.load_state_dict({name: tensor.clone() for name, tensor in saved.items()})
+    assert other.resident_bytes <= PAGE_BYTES
+    again = other.state_dict()
+    assert all(torch.equal(again[name], saved[name]) for name in saved)
+    assert other.steps_done == 20
+
+
+def test_eviction_between_steps_changes_no_bit(fake_pool):
+    whole, cut = Toy(), Toy()
+    trained(whole, steps=6)
+    optimizer = AdamW(
+        cut.named_parameters(),
+        lr=1e-2,
+        weight_decay=0.1,
+        paged=Paging(PAGE_BYTES, None, fake_pool(10**6)),
+    )
+    freed = []
+    for x in inputs(6):
+        optimizer.zero_grad()
+        cut(x).square().sum().backward()
+        freed.append(optimizer.evict(PAGE_BYTES))
+        optimizer.step(grad_scale=0.5)
+    assert freed[0] == PAGE_BYTES
+    assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), cut.parameters(), strict=True))
+    assert AdamW(Toy().named_parameters()).evict() == 0
+
+
+def test_an_update_that_ran_out_of_memory_is_finished_by_the_next_call(fake_pool, monkeypatch):
+    whole, cut = Toy(), Toy()
+    trained(whole, steps=1)
+    optimizer = AdamW(
+        cut.named_parameters(),
+        lr=1e-2,
+        weight_decay=0.1,
+        paged=Paging(PAGE_BYTES, 2 * PAGE_BYTES, fake_pool(10**6)),
+    )
+    optimizer.zero_grad()
+    cut(inputs(1)[0]).square().sum().backward()
+    real, calls = adamw.adamw_step_, []
+
+    def sometimes(*args, **kwargs):
+        calls.append(1)
+        if len(calls) in (1, 3, 4):
+            raise torch.OutOfMemoryError("injected")
+        real(*args, **kwargs)
+
+    monkeypatch.setattr(adamw, "adamw_step_", sometimes)
+    for _ in range(3):
+        with pytest.raises(torch.OutOfMemoryError):
+            optimizer.step(grad_scale=0.5)
+    optimizer.step(grad_scale=0.5)
+    assert optimizer.steps_done == 1
+    assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), cut.parameters(), strict=True))

@@ -16,54 +16,74 @@ from torch import Tensor, nn
 
 from halfbyte.errors import CheckpointError, ConfigError
 from halfbyte.kernels.adamw import adamw8bit_step_, adamw_step_
-from halfbyte.optim.flat import ALIGNMENT, FlatParameters, Slot
+from halfbyte.memory.pager import UNPAGED, Field, Pager, Paging
+from halfbyte.memory.pools import pool_for
+from halfbyte.optim.flat import ALIGNMENT, FlatParameters
+
+_FIELDS = {
+    32: (Field("exp_avg", torch.float32), Field("exp_avg_sq", torch.float32)),
+    8: (
+        Field("exp_avg", torch.uint8),
+        Field("exp_avg_sq", torch.uint8),
+        Field("exp_avg_absmax", torch.float32, ALIGNMENT),
+        Field("exp_avg_sq_absmax", torch.float32, ALIGNMENT),
+    ),
+}
 
 
 class _Moments:
-    """Both moments of one device's parameters, flat, in 32 or 8 bits."""
+    """Both moments of one device's parameters, flat, in 32 or 8 bits, in one page or many."""
 
-    def __init__(self, flat: FlatParameters, state_bits: int) -> None:
+    def __init__(self, flat: FlatParameters, state_bits: int, paging: Paging) -> None:
         self.flat = flat
+        self.state_bits = state_bits
         size, device = flat.values.numel(), flat.values.device
-        dtype = torch.float32 if state_bits == 32 else torch.uint8
-        self.exp_avg = torch.zeros(size, dtype=dtype, device=device)
-        self.exp_avg_sq = torch.zeros(size, dtype=dtype, device=device)
-        blocks = 0 if state_bits == 32 else size // ALIGNMENT
-        self.absmax1 = torch.zeros(blocks, dtype=torch.float32, device=device)
-        self.absmax2 = torch.zeros(blocks, dtype=torch.float32, device=device)
+        self.pager = Pager(size, _FIELDS[state_bits], paging.pool or pool_for(device), paging)
 
-    def update(self, start: int, stop: int, **hyper: Any) -> None:
-        """Update elements `start` to `stop`, both multiples of the block."""
-        if start == stop:
-            return
+    def update(self, weight_decay: float, **hyper: Any) -> None:
+        """Update every parameter; after a failure, those that were not updated yet."""
+
+        def update_page(start: int, stop: int, state: dict[str, Tensor]) -> None:
+            middle = min(max(self.flat.num_decayed, start), stop)
+            for first, last, decay in ((start, middle, weight_decay), (middle, stop, 0.0)):
+                if first < last:
+                    part = {
+                        field.name: state[field.name][
+                            (first - start) // field.span : (last - start) // field.span
+                        ]
+                        for field in self.pager.fields
+                    }
+                    self._update(first, last, part, weight_decay=decay, **hyper)
+
+        self.pager.visit(update_page)
+
+    def _update(self, start: int, stop: int, state: dict[str, Tensor], **hyper: Any) -> None:
         values, gradients = self.flat.values[start:stop], self.flat.gradients[start:stop]
-        exp_avg, exp_avg_sq = self.exp_avg[start:stop], self.exp_avg_sq[start:stop]
-        if self.exp_avg.dtype == torch.float32:
-            adamw_step_(values, gradients, exp_avg, exp_avg_sq, **hyper)
-        else:
-            blocks = slice(start // ALIGNMENT, stop // ALIGNMENT)
-            absmax1, absmax2 = self.absmax1[blocks], self.absmax2[blocks]
-            adamw8bit_step_(values, gradients, exp_avg, exp_avg_sq, absmax1, absmax2, **hyper)
+        step = adamw_step_ if self.state_bits == 32 else adamw8bit_step_
+        step(values, gradients, *state.values(), **hyper)
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return the state by parameter: views, named `<kind>.<parameter>`."""
+        """Return the state by parameter, named `<kind>.<parameter>`."""
         found = {}
         for slot in self.flat.slots:
-            if self.exp_avg.dtype == torch.float32:
-                found[f"exp_avg.{slot.name}"] = slot.of(self.exp_avg)
-                found[f"exp_avg_sq.{slot.name}"] = slot.of(self.exp_avg_sq)
-            else:  # whole blocks: the code of the gap behind a parameter is not 0
-                found[f"exp_avg.{slot.name}"] = self.exp_avg[slot.start : slot.stop]
-                found[f"exp_avg_sq.{slot.name}"] = self.exp_avg_sq[slot.start : slot.stop]
-                found[f"exp_avg_absmax.{slot.name}"] = _blocks_of(slot, self.absmax1)
-                found[f"exp_avg_sq_absmax.{slot.name}"] = _blocks_of(slot, self.absmax2)
+            for field in self.pager.fields:
+                state = self.pager.read(field.name, slot.start, slot.stop)
+                if self.state_bits == 32:  # in 8 bits whole blocks: the gap's code is not 0
+                    state = state[: slot.numel].view(slot.parameter.shape)
+                found[f"{field.name}.{slot.name}"] = state
             if slot.has_master:
                 found[f"master.{slot.name}"] = slot.of(self.flat.values)
         return found
 
-
-def _blocks_of(slot: Slot, absmax: Tensor) -> Tensor:
-    return absmax[slot.start // ALIGNMENT : slot.stop // ALIGNMENT]
+    def load(self, state: dict[str, Tensor]) -> None:
+        """Take over what `tensors` returned; pages stay where they are."""
+        for slot in self.flat.slots:
+            for field in self.pager.fields:
+                self.pager.write(
+                    field.name, slot.start, state[f"{field.name}.{slot.name}"].flatten()
+                )
+            if slot.has_master:
+                slot.of(self.flat.values).copy_(state[f"master.{slot.name}"])
 
 
 class AdamW:
@@ -77,8 +97,7 @@ class AdamW:
         eps: Added to the root of the second moment.
         weight_decay: Decoupled decay of matrices.
         state_bits: 32, or 8 for block-wise quantized moments.
-        paged: Whether the state may leave the device when memory is short. The flag is kept with
-            the state; moving pages is the business of the memory part.
+        paged: Whether the state may leave the device when memory is short; or how it is paged.
 
     Raises:
         ConfigError: nothing to train, or `state_bits` is neither 32 nor 8.
@@ -93,7 +112,7 @@ class AdamW:
         eps: float = 1e-8,
         weight_decay: float = 0.0,
         state_bits: int = 32,
-        paged: bool = False,
+        paged: bool | Paging = False,
     ) -> None:
         if state_bits not in (32, 8):
             raise ConfigError(f"expected state_bits 32 or 8, got {state_bits}")
@@ -108,11 +127,14 @@ class AdamW:
                 hint="add adapters first: model = halfbyte.add_lora(model, LoraConfig(...))",
             )
         self.lr, self.betas, self.eps, self.weight_decay = lr, betas, eps, weight_decay
-        self.state_bits, self.paged = state_bits, paged
+        self.state_bits, self.paged = state_bits, bool(paged)
         self.steps_done = 0
+        paging = Paging() if paged is True else paged or UNPAGED
         self._moments = [
-            _Moments(FlatParameters(named), state_bits) for named in by_device.values()
+            _Moments(FlatParameters(named), state_bits, paging) for named in by_device.values()
         ]
+        # Where a step that failed in between goes on.
+        self._is_updating, self._moments_done = False, 0
         self.zero_grad()
 
     @property
@@ -139,8 +161,12 @@ class AdamW:
 
     @torch.no_grad()
     def step(self, lr: float | None = None, *, grad_scale: float = 1.0) -> None:
-        """Update every parameter from its gradient times `grad_scale` (the clipping factor)."""
-        self.steps_done += 1
+        """Update every parameter from its gradient times `grad_scale` (the clipping factor).
+
+        If this fails in between (out of memory), the same call goes on where it stopped.
+        """
+        self.steps_done += not self._is_updating
+        self._is_updating = True
         hyper = {
             "step": self.steps_done,
             "lr": self.lr if lr is None else lr,
@@ -149,14 +175,39 @@ class AdamW:
             "eps": self.eps,
             "grad_scale": grad_scale,
         }
-        for moments in self._moments:
-            decayed, end = moments.flat.num_decayed, moments.flat.values.numel()
-            moments.update(0, decayed, weight_decay=self.weight_decay, **hyper)
-            moments.update(decayed, end, weight_decay=0.0, **hyper)
+        for moments in self._moments[self._moments_done :]:
+            moments.update(self.weight_decay, **hyper)
             moments.flat.publish_masters()
+            self._moments_done += 1
+        self._moments_done, self._is_updating = 0, False
+
+    @property
+    def resident_bytes(self) -> int:
+        """Bytes of state on the devices."""
+        return sum(moments.pager.resident_bytes for moments in self._moments)
+
+    @property
+    def host_bytes(self) -> int:
+        """Bytes of state that is paged out to host memory."""
+        return sum(moments.pager.host_bytes for moments in self._moments)
+
+    def evict(self, nbytes: int | None = None) -> int:
+        """Page state out until `nbytes` of each device are free (None: all of it).
+
+        Returns:
+            Bytes that became free; 0 where the state is not paged or has left already.
+        """
+        if not self.paged:
+            return 0
+        return sum(
+            moments.pager.evict(moments.pager.resident_bytes if nbytes is None else nbytes)
+            for moments in self._moments
+        )
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Return the state as plain tensors by parameter name: views, ready for safetensors.
+        """Return the state as plain tensors by parameter name, ready for safetensors.
+
+        Views, except of what lies across pages: that is copied to the host.
 
         `step`; `exp_avg.<name>` and `exp_avg_sq.<name>` (float32, or uint8 in whole blocks with
         `..._absmax.<name>`, one float32 a block); `master.<name>` for parameters that are not
@@ -188,8 +239,7 @@ class AdamW:
                     f"got {given.dtype} {tuple(given.shape)}",
                     hint="resume with the adapters and the `optim` that the run was started with",
                 )
-        for name, tensor in own.items():
-            tensor.copy_(state[name])
         self.steps_done = int(state["step"])
         for moments in self._moments:
+            moments.load(state)
             moments.flat.publish_masters()
