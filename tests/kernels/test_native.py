@@ -22,12 +22,13 @@ def fresh(monkeypatch, tmp_path):
 @needs_compiler
 def test_compiles_once_into_the_users_cache(fresh, monkeypatch):
     assert native.library() is not None
-    (built,) = fresh.iterdir()
+    built = set(fresh.iterdir())
+    assert {path.suffix for path in built} == {".so", ".sha256"}
     assert stat.S_IMODE(fresh.stat().st_mode) == 0o700
     native.library.cache_clear()
     monkeypatch.setattr(native, "compile_library", lambda *_: pytest.fail("compiled again"))
     assert native.library() is not None
-    assert list(fresh.iterdir()) == [built]
+    assert set(fresh.iterdir()) == built
 
 
 def test_without_a_compiler_there_is_no_library(fresh, monkeypatch):
@@ -67,11 +68,17 @@ def test_a_cache_that_cannot_be_written_is_no_error(fresh, tmp_path):
 
 
 @needs_compiler
-def test_a_damaged_library_is_no_error(fresh):
+def test_a_damaged_library_is_built_again(fresh):
+    path = fresh / f"cpu-loops-{native._fingerprint(shutil.which('cc'))}.so"
     fresh.mkdir()
-    name = f"cpu-loops-{native._fingerprint(shutil.which('cc'))}.so"
-    (fresh / name).write_bytes(b"not a library")
-    assert native.library() is None
+    path.write_bytes(b"not a library")
+    assert native.library() is not None
+    whole = path.read_bytes()
+    path.unlink()  # it is loaded: written over in place it would take this process down
+    path.write_bytes(whole[:-1000] + bytes(1000))
+    native.library.cache_clear()
+    assert native.library().hb_adamw8.restype is None
+    assert path.read_bytes() == whole
 
 
 @needs_compiler

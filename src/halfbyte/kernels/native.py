@@ -1,7 +1,8 @@
 """Compile `cpu_loops.c` and `decoder_loops.c` for this machine, once, and load them.
 
 The library goes to `~/.cache/halfbyte`, named by a hash of the source, the flags and the CPU, so
-a home directory that several machines share holds one for each. Where there is no C compiler
+a home directory that several machines share holds one for each; its checksum lies beside it, and
+one that is damaged is built again. Where there is no C compiler
 `library` returns None and the callers use plain torch, which computes the same and is slower.
 """
 
@@ -56,7 +57,7 @@ def library() -> ctypes.CDLL | None:
         return None
     try:
         path = cache_directory() / f"cpu-loops-{_fingerprint(compiler)}.so"
-        if not path.exists():
+        if not _is_whole(path):
             compile_library(compiler, path)
         return _declare(ctypes.CDLL(str(path)))
     except (OSError, subprocess.SubprocessError) as error:
@@ -80,7 +81,7 @@ def cache_directory() -> Path:
 
 
 def compile_library(compiler: str, path: Path) -> None:
-    """Compile `cpu_loops.c` to `path`, which appears whole or not at all.
+    """Compile `cpu_loops.c` to `path`, which appears whole or not at all, with its checksum.
 
     Raises:
         subprocess.SubprocessError: No set of flags compiled.
@@ -99,7 +100,23 @@ def compile_library(compiler: str, path: Path) -> None:
                     raise
             else:
                 break
+        checksum = Path(folder) / _checksum_file(path).name
+        checksum.write_text(hashlib.sha256(built.read_bytes()).hexdigest(), encoding="ascii")
+        checksum.replace(_checksum_file(path))
         built.replace(path)
+
+
+def _checksum_file(path: Path) -> Path:
+    return path.with_suffix(".sha256")
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether the library is as the compiler left it: a damaged one would crash the process."""
+    try:
+        digest = hashlib.sha256(path.read_bytes()).hexdigest()
+        return digest == _checksum_file(path).read_text(encoding="ascii")
+    except (OSError, UnicodeDecodeError):
+        return False
 
 
 def _fingerprint(compiler: str) -> str:
