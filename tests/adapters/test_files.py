@@ -36,7 +36,22 @@ def test_settings_of_a_newer_peft_are_dropped_with_a_warning(folder):
 
 def test_identity_must_be_an_object(folder):
     (folder / "halfbyte.json").write_text("[]")
-    with pytest.raises(AdapterError, match=r"halfbyte\.json must hold a JSON object, got list"):
+    with pytest.raises(AdapterError, match=r"halfbyte\.json: expected a JSON object, got list"):
+        read_adapter_files(folder)
+
+
+def test_a_rank_far_beyond_the_saved_ones_takes_no_memory(folder):
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"r": 2**16}))
+    with pytest.raises(AdapterError, match="asks for rank 65536, and the largest saved one is 2"):
+        read_adapter_files(folder)
+
+
+def test_links_that_lead_out_of_the_folder_are_not_followed(folder, tmp_path_factory):
+    outside = tmp_path_factory.mktemp("outside") / "secret.safetensors"
+    (folder / "adapter_model.safetensors").rename(outside)
+    (folder / "adapter_model.safetensors").symlink_to(outside)
+    with pytest.raises(AdapterError, match="out of its folder"):
         read_adapter_files(folder)
 
 

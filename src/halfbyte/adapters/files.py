@@ -1,6 +1,5 @@
 """An adapter folder as read from disk, refused where it is not what peft would have written."""
 
-import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,10 +8,12 @@ from typing import Any
 import peft
 import torch
 from huggingface_hub import snapshot_download
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from halfbyte.errors import AdapterError
+from halfbyte.adapters.schema import AGAIN, check_config, check_identity
+from halfbyte.checkpoint.header import read_header, read_json
+from halfbyte.checkpoint.reader import inside, read_tensor
+from halfbyte.errors import AdapterError, CheckpointError
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -20,7 +21,9 @@ IDENTITY_FILE = "halfbyte.json"
 
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 _NAME_INSIDE = re.compile(r"\.lora_[AB]\.(?!weight$|bias$)([^.]+)\.(weight|bias)$")
-_AGAIN = "save the adapter again, or copy it again from where it came"
+_RANK = re.compile(r"\.lora_(A|embedding_A)(\.weight)?$")
+# How much larger than the largest saved rank a setting may be: peft allocates before it compares.
+_RANK_EXCESS = 16
 
 
 @dataclass(frozen=True)
@@ -50,9 +53,8 @@ def read_adapter_files(folder: str | Path) -> AdapterFiles:
     path = _locate(folder)
     config = _read_config(path)
     tensors = _read_tensors(path)
-    identity_file = path / IDENTITY_FILE
-    identity = _read_json(identity_file) if identity_file.is_file() else {}
-    return AdapterFiles(path, config, tensors, identity)
+    _check_ranks(path, config, tensors)
+    return AdapterFiles(path, config, tensors, _read_identity(path))
 
 
 def check_finite(tensors: dict[str, Tensor], where: str) -> None:
@@ -88,60 +90,77 @@ def _locate(folder: str | Path) -> Path:
     )
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def _read_json(folder: Path, name: str) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise AdapterError(f"{path} cannot be read: {error}", hint=_AGAIN) from error
-    if not isinstance(content, dict):
-        raise AdapterError(
-            f"{path} must hold a JSON object, got {type(content).__name__}", hint=_AGAIN
-        )
-    return content
+        return read_json(inside(folder, name))
+    except CheckpointError as error:
+        raise AdapterError(error.message, hint=AGAIN) from error
+
+
+def _read_identity(folder: Path) -> dict[str, Any]:
+    if not (folder / IDENTITY_FILE).exists():
+        return {}
+    identity = _read_json(folder, IDENTITY_FILE)
+    check_identity(identity, folder / IDENTITY_FILE)
+    return identity
 
 
 def _read_config(folder: Path) -> peft.LoraConfig:
     path = folder / CONFIG_FILE
-    if not path.is_file():
+    if not path.exists():
         raise AdapterError(
             f"{folder} holds no {CONFIG_FILE}, so it is no adapter",
             hint="give the folder that an adapter was saved to",
         )
-    content = _read_json(path)
+    content = _read_json(folder, CONFIG_FILE)
     if content.get("peft_type") != "LORA":
         raise AdapterError(
             f"{path} is of peft_type {content.get('peft_type')!r}, expected 'LORA'",
             hint="Halfbyte trains and loads LoRA adapters",
         )
+    check_config(content, path)
     try:
         config = peft.LoraConfig.from_peft_type(**content)
-    except (TypeError, ValueError, KeyError, AttributeError) as error:
-        raise AdapterError(f"{path} has settings that do not fit: {error}", hint=_AGAIN) from error
+    except (TypeError, ValueError, KeyError, AttributeError, ImportError) as error:
+        raise AdapterError(f"{path} has settings that do not fit: {error}", hint=AGAIN) from error
     if config.target_modules is None and config.target_parameters is None:
-        raise AdapterError(f"{path} names no target_modules", hint=_AGAIN)
+        raise AdapterError(f"{path} names no target_modules", hint=AGAIN)
     return config
 
 
 def _read_tensors(folder: Path) -> dict[str, Tensor]:
     path = folder / WEIGHTS_FILE
-    if not path.is_file():
+    if not path.exists():
         has_pickle = (folder / "adapter_model.bin").is_file()
         raise AdapterError(
             f"{folder} holds no {WEIGHTS_FILE}" + (", only a pickle" if has_pickle else ""),
             hint="load it with peft and save it again: that writes safetensors"
             if has_pickle
-            else _AGAIN,
+            else AGAIN,
         )
     try:
-        with safe_open(path, framework="pt") as file:
-            tensors = {name: file.get_tensor(name) for name in sorted(file.keys())}
-    except (SafetensorError, OSError) as error:
-        raise AdapterError(f"{path} cannot be read: {error}", hint=_AGAIN) from error
+        header = read_header(inside(folder, WEIGHTS_FILE))
+        tensors = {name: read_tensor(name, header[name]) for name in sorted(header)}
+    except CheckpointError as error:
+        raise AdapterError(f"{path} cannot be read: {error.message}", hint=AGAIN) from error
     for name in tensors:
-        if inside := _NAME_INSIDE.search(name):
+        if found := _NAME_INSIDE.search(name):
             raise AdapterError(
-                f"{path} names the tensor {name!r}, with the adapter's name {inside[1]!r} inside",
+                f"{path} names the tensor {name!r}, with the adapter's name {found[1]!r} inside",
                 hint="peft would drop it silently: save the adapter with save_adapter or peft",
             )
     check_finite(tensors, str(path))
     return tensors
+
+
+def _check_ranks(folder: Path, config: peft.LoraConfig, tensors: dict[str, Tensor]) -> None:
+    """Refuse ranks far beyond those of the tensors, before memory is taken for them."""
+    saved = max(
+        (t.shape[0] for name, t in tensors.items() if _RANK.search(name) and t.dim()), default=0
+    )
+    asked = max([config.r, *(config.rank_pattern or {}).values()])
+    if asked > _RANK_EXCESS * max(saved, 1):
+        raise AdapterError(
+            f"{folder / CONFIG_FILE} asks for rank {asked}, and the largest saved one is {saved}",
+            hint=AGAIN,
+        )

@@ -10,7 +10,7 @@ import importlib.metadata
 import json
 import os
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -23,12 +23,21 @@ from halfbyte.adapters import files
 from halfbyte.adapters.identity import base_fingerprint, is_same_base
 from halfbyte.adapters.inject import attach, seeded
 from halfbyte.checkpoint.publish import publish
-from halfbyte.errors import AdapterError
+from halfbyte.errors import AdapterError, HalfbyteError
 
 _PACKAGES = ("halfbyte", "torch", "transformers", "peft")
 _EMBEDDINGS = ("embed_tokens", "lm_head")  # peft's EMBEDDING_LAYER_NAMES
 _ADAPTER_PARTS = ("lora_", "modules_to_save", "token_adapter")
 _NUM_LISTED = 5
+# What peft raises for settings that do not fit the model.
+_PEFT_ERRORS = (
+    ValueError,
+    TypeError,
+    LookupError,
+    AttributeError,
+    NotImplementedError,
+    RuntimeError,
+)
 
 
 def save_adapter(
@@ -56,7 +65,7 @@ def write_adapter(model: PeftModel, folder: Path, *, adapter: str = "default") -
 
 
 def write_tensors(
-    tensors: dict[str, Tensor], description: dict[str, dict[str, Any]], folder: Path
+    tensors: dict[str, Tensor], description: Mapping[str, Mapping[str, Any]], folder: Path
 ) -> None:
     """Write what `adapter_tensors` (on the CPU, contiguous) and `describe_adapter` returned.
 
@@ -102,8 +111,16 @@ def load_adapter(
         _check_base(model, found)
     found.config.inference_mode = not trainable
     needs_grad = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
-    with seeded(0):  # Initial values are overwritten, and leave the global generators alone.
-        adapted = attach(model, found.config, adapter)
+    try:
+        with seeded(0):  # Initial values are overwritten, and leave the global generators alone.
+            adapted = attach(model, found.config, adapter)
+    except HalfbyteError:
+        raise
+    except _PEFT_ERRORS as error:
+        raise AdapterError(
+            f"peft cannot build the adapter in {found.folder} on this model: {error}",
+            hint="it was saved for another model, or by another version of peft",
+        ) from error
     try:
         _set_tensors(adapted, found, adapter)
     except AdapterError:

@@ -7,6 +7,7 @@ to its dtype, shape and byte range, and the bytes themselves: in order, without 
 import collections
 import json
 import math
+import reprlib
 import stat
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,6 +19,8 @@ from halfbyte.errors import CheckpointError
 AGAIN = "the file is damaged or incomplete: copy it again from where it came"
 
 _MAX_JSON_BYTES = 100_000_000
+_MAX_NAME_LENGTH = 1000
+_MAX_DIMS = 16
 # In the order of safetensors, which sorts the tensors of a file by it, the last one first.
 DTYPES = {
     "BOOL": torch.bool,
@@ -118,17 +121,24 @@ def read_json(path: Path) -> dict[str, Any]:
     return parse_json(path.read_bytes(), path)
 
 
-def parse_json(text: bytes, path: Path) -> dict[str, Any]:
-    """Return the JSON object in `text`; `path` is for the message."""
+def parse_json(text: bytes, where: object) -> dict[str, Any]:
+    """Return the JSON object in `text`.
+
+    Raises:
+        CheckpointError: it is none, has a key twice, or a number that is not finite; names `where`.
+    """
     try:
         value = json.loads(
-            text.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_refuse_constant
+            text.decode("utf-8"),
+            object_pairs_hook=_unique,
+            parse_constant=_finite,
+            parse_float=_finite,
         )
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} holds no valid JSON: {error}", hint=AGAIN) from error
+        raise CheckpointError(f"{where} holds no valid JSON: {error}", hint=AGAIN) from error
     if not isinstance(value, dict):
         raise CheckpointError(
-            f"{path}: expected a JSON object, got {type(value).__name__}", hint=AGAIN
+            f"{where}: expected a JSON object, got {type(value).__name__}", hint=AGAIN
         )
     return value
 
@@ -138,24 +148,30 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     result = dict(pairs)
     if len(result) != len(pairs):
         (twice, _), *_ = collections.Counter(key for key, _ in pairs).most_common(1)
-        raise ValueError(f"the key {twice!r} is there twice")
+        raise ValueError(f"the key {reprlib.repr(twice)} is there twice")
     return result
 
 
-def _refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is not JSON")
+def _finite(text: str) -> float:
+    """Read a number, but neither `NaN` and `Infinity`, which are no JSON, nor `1e999`."""
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"{text[:20]} is not a finite number")
+    return value
 
 
 def _tensor_info(path: Path, name: str, entry: Any, first: int) -> TensorInfo:
+    if len(name) > _MAX_NAME_LENGTH:
+        raise CheckpointError(f"{path} has a tensor whose name has {len(name)} letters", hint=AGAIN)
+    described = f"{path}: {name!r} is described by {reprlib.repr(entry)}"
     try:
         dtype, shape, (start, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
     except (TypeError, KeyError, ValueError) as error:
-        raise CheckpointError(f"{path}: {name!r} is described by {entry!r}", hint=AGAIN) from error
+        raise CheckpointError(described, hint=AGAIN) from error
     if not isinstance(dtype, str) or dtype not in DTYPES:
-        raise CheckpointError(f"{path}: {name!r} has the unknown dtype {dtype!r}")
-    lengths = [*shape, start, end] if isinstance(shape, list) else [shape]
-    if not all(type(length) is int and 0 <= length < 2**63 for length in lengths):
-        raise CheckpointError(f"{path}: {name!r} is described by {entry!r}", hint=AGAIN)
+        raise CheckpointError(f"{path}: {name!r} has the unknown dtype {reprlib.repr(dtype)}")
+    if not isinstance(shape, list) or len(shape) > _MAX_DIMS or not _are_lengths(shape, start, end):
+        raise CheckpointError(described, hint=AGAIN)
     expected = math.prod(shape) * DTYPES[dtype].itemsize
     if end - start != expected:
         raise CheckpointError(
@@ -163,3 +179,10 @@ def _tensor_info(path: Path, name: str, entry: Any, first: int) -> TensorInfo:
             hint=AGAIN,
         )
     return TensorInfo(tuple(shape), DTYPES[dtype], path, first + start, expected)
+
+
+def _are_lengths(shape: list[Any], start: Any, end: Any) -> bool:
+    """Whether these are whole numbers, with strides that fit 64 bits (also around a zero)."""
+    if not all(type(length) is int and length >= 0 for length in (*shape, start, end)):
+        return False
+    return max(math.prod(max(length, 1) for length in shape), start, end) < 2**63

@@ -4,6 +4,7 @@ Only safetensors are read, in one file or in shards with an index; pickled weigh
 name in an index reaches outside the folder, and what an index says must be what the shards hold.
 """
 
+import reprlib
 from pathlib import Path
 
 import torch
@@ -62,18 +63,7 @@ class CheckpointReader:
         Raises:
             CheckpointError: there is no such tensor, or the file ends early.
         """
-        info = self.info(name)
-        tensor = torch.empty(info.shape, dtype=info.dtype)
-        target = tensor.view(-1).view(torch.uint8).numpy().data
-        with info.file.open("rb", buffering=0) as file:
-            file.seek(info.start)
-            done = 0
-            while done < info.num_bytes:
-                count = file.readinto(target[done:])
-                if not count:
-                    raise CheckpointError(f"{info.file} ends within {name!r}", hint=AGAIN)
-                done += count
-        return tensor.to(device)
+        return read_tensor(name, self.info(name)).to(device)
 
     def _read_shards(self) -> dict[str, TensorInfo]:
         index = inside(self.folder, INDEX_FILE)
@@ -82,7 +72,10 @@ class CheckpointReader:
             raise CheckpointError(f"{index}: expected an object 'weight_map'", hint=AGAIN)
         for name, shard in weight_map.items():
             if not isinstance(shard, str) or not shard.endswith(".safetensors"):
-                raise CheckpointError(f"{index} maps {name!r} to {shard!r}, no safetensors file")
+                raise CheckpointError(
+                    f"{index} maps {reprlib.repr(name)} to {reprlib.repr(shard)}, no safetensors "
+                    "file"
+                )
         tensors: dict[str, TensorInfo] = {}
         for shard in sorted(set(weight_map.values())):
             held = read_header(inside(self.folder, shard))
@@ -90,11 +83,31 @@ class CheckpointReader:
             odd = sorted(listed ^ set(held))
             if odd:
                 raise CheckpointError(
-                    f"{index} and {shard} disagree about {len(odd)} tensors, such as {odd[0]!r}",
+                    f"{index} and {shard} disagree about {len(odd)} tensors, such as "
+                    f"{reprlib.repr(odd[0])}",
                     hint=AGAIN,
                 )
             tensors |= held
         return tensors
+
+
+def read_tensor(name: str, info: TensorInfo) -> Tensor:
+    """Read the tensor that `info` describes; `name` is for the message.
+
+    Raises:
+        CheckpointError: the file ends early.
+    """
+    tensor = torch.empty(info.shape, dtype=info.dtype)
+    target = tensor.view(-1).view(torch.uint8).numpy().data
+    with info.file.open("rb", buffering=0) as file:
+        file.seek(info.start)
+        done = 0
+        while done < info.num_bytes:
+            count = file.readinto(target[done:])
+            if not count:
+                raise CheckpointError(f"{info.file} ends within {name!r}", hint=AGAIN)
+            done += count
+    return tensor
 
 
 def inside(folder: Path, name: str) -> Path:
@@ -108,8 +121,15 @@ def inside(folder: Path, name: str) -> Path:
     """
     path = folder / name
     if Path(name).name != name or name in ("", ".", ".."):
-        raise CheckpointError(f"{folder}: the file name {name!r} leads out of the folder")
-    real, allowed = path.resolve(), [folder.resolve()]
+        raise CheckpointError(
+            f"{folder}: the file name {reprlib.repr(name)} leads out of the folder"
+        )
+    try:
+        real, allowed = path.resolve(), [folder.resolve()]
+    except (OSError, ValueError, RuntimeError) as error:  # half a character, a NUL, links in a ring
+        raise CheckpointError(
+            f"{folder}: {reprlib.repr(name)} can be no file there: {error}"
+        ) from error
     if folder.parent.name == "snapshots":
         allowed.append(folder.parent.parent.resolve() / "blobs")
     if real.parent not in allowed:

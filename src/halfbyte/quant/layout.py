@@ -14,6 +14,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
+from halfbyte.checkpoint.header import parse_json
 from halfbyte.errors import CheckpointError
 from halfbyte.kernels import codebooks
 from halfbyte.kernels.nf4 import BLOCK_SIZES, NESTED_BLOCK_SIZE, QUANT_TYPES
@@ -172,14 +173,13 @@ class _Reader:
             f"got {blob.dtype} {list(blob.shape)}",
         )
         try:
-            state = json.loads(blob.cpu().numpy().tobytes().decode("utf-8"))
-        except (ValueError, RecursionError) as error:
-            self.fail(f"its quant_state is not JSON: {error}", error)
+            state = parse_json(blob.cpu().numpy().tobytes(), "its quant_state")
+        except CheckpointError as error:
+            self.fail(error.message, error)
         self._check_state(present[0], state)
         return present[0], state
 
-    def _check_state(self, quant_type: str, state: Any) -> None:
-        self.require(isinstance(state, dict), f"its quant_state is no object: {state!r}")
+    def _check_state(self, quant_type: str, state: dict[str, Any]) -> None:
         keys = set(state)
         self.require(
             keys in (_PLAIN_KEYS, _PLAIN_KEYS | _NESTED_KEYS),
