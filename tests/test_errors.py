@@ -28,3 +28,22 @@ def test_message_and_hint_are_apart_and_together():
 
 def test_a_wrong_setting_is_a_value_error_too():
     assert issubclass(errors.ConfigError, ValueError)
+
+
+TOKEN = "hf_" + "A1b2C3d4E5" * 3 + "wxyz"
+
+
+@pytest.mark.parametrize(
+    ("message", "shown"),
+    [
+        ("no file https://ada:pa55@host/x", "no file https://***@host/x"),
+        ("no file https://host/x?token=pa55 here", "no file https://host/x?token=*** here"),
+        (f"{TOKEN!r} is no folder", "'***' is no folder"),
+        ("git@host:x, s3://bucket/x, hf_model, sk-learn", None),
+    ],
+)
+def test_messages_hold_no_secrets(message, shown):
+    error = errors.DataError(message)
+    assert error.message == (shown or message)
+    assert str(error) == error.message
+    assert error.args == (error.message,)

@@ -11,7 +11,21 @@
 
 Each message says what was expected, what came, and (as `hint`) what to do.
 The command line prints both lines and exits with code 2; a traceback is only for our own mistakes.
+No message holds a password or an access token.
 """
+
+import re
+
+_SECRET = re.compile(
+    r"(?<=://)[^/\s:@]+:[^/\s@]+(?=@)"  # https://name:password@host
+    r"|(?<=[?&]token=)[^&\s'\"]+"
+    r"|\b(?:hf_[A-Za-z0-9]{30,}|sk-[A-Za-z0-9]{32,}|gh[pos]_[A-Za-z0-9]{36,})"
+)
+
+
+def without_secrets(text: str) -> str:
+    """Return `text` with `***` for passwords in URLs and for access tokens of known forms."""
+    return _SECRET.sub("***", text)
 
 
 class HalfbyteError(Exception):
@@ -23,6 +37,7 @@ class HalfbyteError(Exception):
     """
 
     def __init__(self, message: str, *, hint: str | None = None) -> None:
+        message = without_secrets(message)
         super().__init__(message)
         self.message = message
         self.hint = hint

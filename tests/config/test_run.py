@@ -181,3 +181,31 @@ def test_examples_are_valid(name):
 
     path = Path(__file__).parents[2] / "examples" / name
     RunConfig.from_yaml(path, [] if "path" in yaml.safe_load(path.read_text()) else ["path=x"])
+
+
+TOKEN = "hf_" + "A1b2C3d4E5" * 3 + "wxyz"
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        f"path: https://ada:{TOKEN}@host/train.jsonl",
+        f"run_name: {TOKEN}",
+        f"train:\n  run_name: {TOKEN}",
+        f"columns: {{prompt: {TOKEN}}}",
+        f"target_modules: [q_proj, {TOKEN}]",
+        f"token: {TOKEN}",
+    ],
+)
+def test_secrets_are_refused_and_not_repeated(tmp_path, line):
+    path = tmp_path / "run.yaml"
+    path.write_text(f"model: demo\n{line}\n")
+    with pytest.raises(ConfigError) as caught:
+        RunConfig.from_yaml(path)
+    assert "password or an access token" in str(caught.value)
+    assert TOKEN not in str(caught.value)
+    assert "run.yaml, line 2" in str(caught.value) or line.startswith(
+        ("columns", "target", "train")
+    )
+    with pytest.raises(ConfigError, match="password or an access token"):
+        read_data_settings([f"path={TOKEN}"])

@@ -41,3 +41,43 @@ def test_keys_stand_once_and_are_names(tmp_path, text):
     path.write_text(text)
     with pytest.raises(ConfigError, match="stands here twice, or is no name"):
         read_yaml(path)
+
+
+BOMB = "a: &a [x, x, x, x, x, x, x, x]\n" + "".join(
+    f"{new}: &{new} [{', '.join([f'*{old}'] * 8)}]\n"
+    for old, new in zip("abcdefgh", "bcdefghi", strict=True)
+)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        BOMB,
+        "a: 2024-13-45\n",
+        "a: !!int x\n",
+        "a: !!bool x\n",
+        "a: !!timestamp x\n",
+        "a: " + "9" * 5000,
+        "[" * 100_000,
+        "a: \0",
+        "a: 1\n---\nb: 2\n",
+        "x" * (1 << 21),
+    ],
+)
+def test_what_is_no_yaml_or_too_much_is_an_error(tmp_path, text):
+    path = tmp_path / "run.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=r"run\.yaml"):
+        read_yaml(path)
+
+
+@pytest.mark.parametrize("value", ["2024-13-45", "*a", "!!timestamp x", "[" * 100_000])
+def test_the_command_line_is_read_as_strictly(value):
+    with pytest.raises(ConfigError, match="the value of key"):
+        parse_override(f"key={value}")
+
+
+def test_a_byte_order_mark_is_no_key(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_bytes(b"\xef\xbb\xbfmodel: m\n")
+    assert read_yaml(path)[0] == {"model": "m"}

@@ -24,7 +24,7 @@ from pydantic.fields import FieldInfo
 from halfbyte.config.sections import FROZEN, DTypeName, LoraSection, QuantSection
 from halfbyte.config.text import COMMAND_LINE, parse_override, read_yaml
 from halfbyte.data.config import DataConfig
-from halfbyte.errors import ConfigError
+from halfbyte.errors import ConfigError, without_secrets
 from halfbyte.train.config import TrainConfig
 
 _ROW_NAMES = {"path", "name", "split", "eval_path", "eval_split", "eval_fraction"}
@@ -169,6 +169,7 @@ def read_data_settings(settings: Iterable[str], *, as_in: Path | None = None) ->
 
 def _nest(values: Mapping[str, Any], places: Mapping[str, str]) -> dict[str, Any]:
     """Give every key to the section that owns it."""
+    _refuse_secrets(values, places)
     nested: dict[str, Any] = {}
     for key, value in values.items():
         section, dot, inner = str(key).partition(".")
@@ -187,6 +188,22 @@ def _nest(values: Mapping[str, Any], places: Mapping[str, str]) -> dict[str, Any
             _check_owner(str(key), None, places.get(key))
             _put(nested, OWNERS[key], key, value)
     return nested
+
+
+def _refuse_secrets(value: Any, places: Mapping[str, str], name: str = "") -> None:
+    """Refuse access tokens and passwords: settings are printed, saved and sent to trackers."""
+    if isinstance(value, Mapping):
+        for key, inner in value.items():
+            _refuse_secrets(inner, places, f"{name}.{key}".removeprefix("."))
+    elif isinstance(value, list | tuple):
+        for inner in value:
+            _refuse_secrets(inner, places, name)
+    elif isinstance(value, str) and without_secrets(value) != value:
+        where = f" ({places[name]})" if name in places else ""
+        raise ConfigError(
+            f"{name}{where} holds a password or an access token, and settings are saved as text",
+            hint="log in once with `hf auth login`, or set HF_TOKEN",
+        )
 
 
 def _put(nested: dict[str, Any], section: str, name: str, value: Any) -> None:

@@ -1,6 +1,7 @@
 """YAML as users write it: read strictly, with the line of every key.
 
-A key may stand once only, and 2e-4 is a number (YAML 1.2; PyYAML takes it for text).
+A key may stand once only, 2e-4 is a number (YAML 1.2; PyYAML takes it for text), and there are no
+anchors: a few lines of them can stand for more text than fits any memory.
 """
 
 import re
@@ -13,9 +14,19 @@ from halfbyte.errors import ConfigError
 
 COMMAND_LINE = "the command line"
 
+_MAX_BYTES = 1 << 20
+# What PyYAML's constructors raise for values that their tag does not fit, such as 2024-13-01.
+_MISFITS = (ValueError, LookupError, AttributeError, TypeError, RecursionError)
+
 
 class _Loader(yaml.SafeLoader):
-    """YAML where a key may stand once only, and 2e-4 is a number (YAML 1.2)."""
+    """YAML where a key may stand once only, 2e-4 is a number, and nothing has an anchor."""
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):
+            mark = self.peek_event().start_mark
+            raise yaml.composer.ComposerError(None, None, "anchors are not read", mark)
+        return super().compose_node(parent, index)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:  # noqa: FBT001, FBT002
         seen = set()
@@ -43,7 +54,9 @@ def read_yaml(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
         ConfigError: the file is missing, no UTF-8, no YAML, or no mapping.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        with path.open("rb") as file:
+            raw = file.read(_MAX_BYTES + 1)
+        text = raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ConfigError(
             f"{path} is not UTF-8: byte {error.start} is {error.object[error.start]:#04x}",
@@ -53,13 +66,14 @@ def read_yaml(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
         raise ConfigError(
             f"{path} cannot be read: {error.strerror}", hint="name a YAML file that exists"
         ) from error
+    if len(raw) > _MAX_BYTES:
+        raise ConfigError(f"{path} has more than {_MAX_BYTES} bytes, too many for settings")
     try:
-        root = yaml.compose(text, Loader=_Loader)
-        values = yaml.load(text, Loader=_Loader)
+        root, values = _parse(text)
     except yaml.MarkedYAMLError as error:
         line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
         raise ConfigError(f"{path}{line}: {error.problem}", hint="mend the YAML") from error
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, *_MISFITS) as error:
         raise ConfigError(f"{path} is no YAML: {error}") from error
     if not isinstance(root, yaml.MappingNode):
         raise ConfigError(
@@ -68,6 +82,16 @@ def read_yaml(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
             hint="begin with `model: ...` and `path: ...`",
         )
     return values, _lines(root)
+
+
+def _parse(text: str) -> tuple[yaml.Node | None, Any]:
+    """Return the one document in `text`, as nodes and as values."""
+    loader = _Loader(text)
+    try:
+        root = loader.get_single_node()
+        return root, None if root is None else loader.construct_document(root)
+    finally:
+        loader.dispose()
 
 
 def _lines(root: yaml.MappingNode) -> dict[str, int]:
@@ -92,8 +116,8 @@ def parse_override(text: str) -> tuple[str, Any]:
             f"expected key=value, got {text!r}", hint="write for example learning_rate=1e-4"
         )
     try:
-        return key.strip(), yaml.load(value, Loader=_Loader)
-    except yaml.YAMLError as error:
+        return key.strip(), _parse(value)[1]
+    except (yaml.YAMLError, *_MISFITS) as error:
         raise ConfigError(
             f"the value of {key} on {COMMAND_LINE} is no YAML", hint="quote it for the shell"
         ) from error
