@@ -52,7 +52,7 @@ def test_a_seed_drops_and_none_does_not(model):
     assert dropout_of(base.layers[0].mlp.up_proj) == pytest.approx(0.1)
     cos, sin = _rope(model, 5)
     x = torch.randn(5, 64)
-    seeds = [None, torch.tensor([1]), torch.tensor([1]), torch.tensor([2])]
+    seeds = [None, torch.tensor([1, 0]), torch.tensor([1, 0]), torch.tensor([2, 0])]
     whole, first, again, other = (
         layer.run(x, cos[0], sin[0], Layout(1, 5), "all", seed) for seed in seeds
     )

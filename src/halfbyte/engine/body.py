@@ -56,6 +56,8 @@ class FusedBody:
         input_ids: Tensor,
         position_ids: Tensor | None = None,
         layout: Layout | None = None,
+        *,
+        first_token: int = 0,
         **_: Any,
     ) -> tuple[Tensor]:
         """Return `(hidden,)` with hidden `[B, S, H]`.
@@ -64,6 +66,8 @@ class FusedBody:
             input_ids: `[B, S]` int64.
             position_ids: `[B, S]`, restarting for packed documents; None counts from 0.
             layout: Bounds of packed documents; None: every row is one sequence.
+            first_token: Tokens before these, where a batch that did not fit was cut: what is
+                dropped stays the same.
         """
         batch, length = input_ids.shape
         hidden = self.model.embed_tokens(input_ids)
@@ -72,14 +76,15 @@ class FusedBody:
         embeddings = self.model.rotary_emb(hidden, position_ids=position_ids)
         cos, sin = (t.expand(batch, length, -1).flatten(0, 1).contiguous() for t in embeddings)
         layout = layout or Layout(batch, length, max_length=length)
-        x = self._graphs(hidden.flatten(0, 1), cos, sin, layout, self._seed(hidden.device))
+        seed = self._seed(hidden.device, first_token)
+        x = self._graphs(hidden.flatten(0, 1), cos, sin, layout, seed)
         return (self.model.norm(x.view(batch, length, -1)),)
 
-    def _seed(self, device: torch.device) -> Tensor | None:
+    def _seed(self, device: torch.device, first_token: int) -> Tensor | None:
         """Return a seed for this forward's dropout masks, drawn from torch's CPU generator."""
         if not self.model.training or not any(layer.has_dropout for layer in self.layers):
             return None
-        seed = torch.randint(2**62, (1,))
+        seed = torch.cat([torch.randint(2**62, (1,)), torch.tensor([first_token])])
         seed = seed.pin_memory() if device.type == "cuda" else seed
         return seed.to(device, non_blocking=True)
 

@@ -79,7 +79,7 @@ class FusedLayer:
             cos: `[T, R]`; sin: `[T, R]`.
             layout: Which tokens belong together.
             keep: What to save for the backward: "all", "attention" or "input" (see `policy`).
-            seed: int64 `[1]` on the device: of the LoRA dropout masks; None drops nothing.
+            seed: int64 `[2]` on the device, of the LoRA dropout masks; None drops nothing.
         """
         if keep != "input" or not torch.is_grad_enabled():
             return self._forward(x, cos, sin, layout, Keep(everything=keep == "all"), seed)

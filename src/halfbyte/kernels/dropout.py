@@ -1,7 +1,8 @@
 """Dropout whose mask is a function of a seed, so that it is made again instead of kept.
 
 Shape letters: T tokens, K features, R LoRA ranks. The seed lies on the device, so that a CUDA graph
-replays with a new one.
+replays with a new one. With it lies the number of the first row: a batch that is cut in two drops
+what it would have dropped whole.
 
     dropout            xd = mask(x) / (1 - p)                     what LoRA's A reads
     add_masked_product_  dx += mask(g A) / (1 - p)                what A's input gets back
@@ -23,7 +24,7 @@ class Mask(NamedTuple):
 
     Args:
         p: Probability, in [0, 1).
-        seed: int64 `[1]` on the device.
+        seed: int64 `[2]` on the device: the seed, and the number of the first row.
         salt: Tells the places of a model apart that share a seed.
     """
 
@@ -34,9 +35,11 @@ class Mask(NamedTuple):
 
 def _scaled(mask: Mask, like: Tensor) -> Tensor:
     """Return 0 where an element is dropped and 1 / (1 - p) elsewhere."""
-    seed = (int(mask.seed) + mask.salt * SALT_FACTOR) % 2**63
-    generator = torch.Generator(like.device).manual_seed(seed)
-    kept = torch.rand(like.shape, generator=generator, device=like.device) >= mask.p
+    seed, first_row = mask.seed.tolist()
+    generator = torch.Generator(like.device)
+    generator.manual_seed((seed + mask.salt * SALT_FACTOR) % 2**63)
+    shape = (first_row + like.shape[0], like.shape[1])
+    kept = torch.rand(shape, generator=generator, device=like.device)[first_row:] >= mask.p
     return kept.to(like.dtype) / (1.0 - mask.p)
 
 

@@ -11,9 +11,11 @@ _BLOCK = 2048
 
 
 @triton.jit
-def kept(seed, salt, row, column, K, p):
+def kept(seed_ptr, salt, row, column, K, p):
     """Return where an element stays: one Philox draw an element."""
-    number = tl.rand(seed + tl.cast(salt, tl.int64) * 0x3C6EF373, (row * K + column).to(tl.int32))
+    seed = tl.load(seed_ptr) + tl.cast(salt, tl.int64) * 0x3C6EF373
+    first_row = tl.load(seed_ptr + 1)
+    number = tl.rand(seed, ((first_row + row) * K + column).to(tl.int32))
     return number >= p
 
 
@@ -23,7 +25,7 @@ def _dropout_kernel(x_ptr, out_ptr, seed_ptr, stride, K, p, salt, BLOCK: tl.cons
     offs = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = offs < K
     x = tl.load(x_ptr + row * stride + offs, mask=mask, other=0.0)
-    stays = kept(tl.load(seed_ptr), salt, row, offs, K, p)
+    stays = kept(seed_ptr, salt, row, offs, K, p)
     value = tl.where(stays, x.to(tl.float32) / (1.0 - p), 0.0)
     tl.store(out_ptr + row * K + offs, value.to(x.dtype), mask=mask)
 
@@ -44,7 +46,7 @@ def _add_masked_product_kernel(
     mask = (rows < T)[:, None] & (columns < K)[None, :]
     ptrs = grad_ptr + rows[:, None] * K + columns[None, :]
     grad = tl.load(ptrs, mask=mask, other=0.0)
-    stays = kept(tl.load(seed_ptr), salt, rows[:, None], columns[None, :], K, p)
+    stays = kept(seed_ptr, salt, rows[:, None], columns[None, :], K, p)
     value = grad.to(tl.float32) + tl.where(stays, product / (1.0 - p), 0.0)
     tl.store(ptrs, value.to(grad.dtype), mask=mask)
 

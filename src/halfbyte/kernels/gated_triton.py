@@ -93,8 +93,7 @@ def _gated_backward_kernel(
             )  # fmt: skip
             hidden = (act * up).to(gate.dtype)
             if DROPS:
-                seed = tl.load(seed_ptr)
-                stays = kept(seed, salt, rows[:, None], columns[None, :], size, p)
+                stays = kept(seed_ptr, salt, rows[:, None], columns[None, :], size, p)
                 hidden = tl.where(stays, hidden.to(tl.float32) / (1.0 - p), 0.0).to(gate.dtype)
             grad_down = tl.dot(tl.trans(hidden), gb, grad_down, input_precision="ieee")
     # Partial sums of a split, each [size, 2 R1 + R2]; the host's sum over splits keeps an order.
