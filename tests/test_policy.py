@@ -22,12 +22,23 @@ LADDER = [  # a part may import from lower rungs and from itself, never sideways
     {"engine"},
     {"train"},
     {"export", "generate"},
-    {"demo"},
+    {"demo", "serve"},
     {"config"},
     {"cli"},
     {"__main__"},
 ]
 RUNG = {part: rung for rung, parts in enumerate(LADDER) for part in parts}
+# What runs code that somebody else wrote, or unpacks what somebody else packed.
+UNSAFE_MODULES = {
+    *("pickle", "cPickle", "dill", "cloudpickle", "joblib", "marshal", "shelve"),
+    *("tarfile", "zipfile", "pty", "commands"),
+}
+UNSAFE_CALLS = {
+    *("eval", "exec", "compile", "__import__", "os.system", "os.popen", "torch.load", "torch.save"),
+    *("torch.hub.load", "yaml.load", "yaml.unsafe_load", "yaml.full_load", "yaml.load_all"),
+    *("shutil.unpack_archive", "numpy.load", "np.load", "subprocess.getoutput"),
+}
+SAFE_VALUES = {"shell": False, "trust_remote_code": False, "weights_only": True}
 TWINS = ("_triton", "_cpu")
 MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path.name != "__init__.py")
 each_module = pytest.mark.parametrize(
@@ -111,6 +122,61 @@ def test_module_has_its_test_or_its_reference(path):
 @each_module
 def test_there_is_no_shelf_for_odds_and_ends(path):
     assert path.stem not in {"utils", "common", "helpers", "constants", "misc"}
+
+
+def unsafe_parts(source: str) -> list[str]:
+    """Name every import and call in `source` that may run or unpack what a stranger made."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            found += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            found += [str(node.module), *(f"{node.module}.{alias.name}" for alias in node.names)]
+        elif isinstance(node, ast.Call):
+            found.append(f"{ast.unparse(node.func)}()")
+            found += [f"{word.arg}={ast.unparse(word.value)}" for word in node.keywords]
+        elif isinstance(node, ast.Dict):  # of arguments
+            words = zip(node.keys, node.values, strict=True)
+            found += [
+                f"{key.value}={ast.unparse(value)}"
+                for key, value in words
+                if isinstance(key, ast.Constant)
+            ]
+    calls = {f"{name}()" for name in UNSAFE_CALLS}
+    safe = {f"{name}={value}" for name, value in SAFE_VALUES.items()}
+    return [
+        part
+        for part in found
+        if part in calls
+        or part in UNSAFE_CALLS
+        or part.split(".")[0] in UNSAFE_MODULES
+        or (part.split("=")[0] in SAFE_VALUES and part not in safe)
+    ]
+
+
+@each_module
+def test_runs_and_unpacks_nothing_that_a_stranger_made(path):
+    assert unsafe_parts(path.read_text()) == []
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "import pickle",
+        "from pickle import loads",
+        "import zipfile as z",
+        "x = eval('1')",
+        "import os; os.system('true')",
+        "from os import system",
+        "torch.load(path)",
+        "yaml.load(text, Loader=yaml.Loader)",
+        "subprocess.run(text, shell=True)",
+        "from_pretrained(path, trust_remote_code=flag)",
+        "settings = {'trust_remote_code': True}",
+    ],
+)
+def test_the_check_above_finds_what_it_is_for(source):
+    assert unsafe_parts(source)
 
 
 @pytest.mark.parametrize("name", halfbyte.__all__)
