@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from halfbyte.device import (
+    available_bytes,
     compute_dtype,
     default_device,
     peak_bytes,
@@ -47,3 +48,8 @@ def test_the_peak_covers_what_was_allocated():
     del block
     release_unused_memory("cpu")
     assert peak_rss_bytes() >= 2**28
+
+
+def test_available_bytes_are_some_of_those_that_there_are():
+    available = available_bytes("cpu")
+    assert available is None or available > 1 << 20

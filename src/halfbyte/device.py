@@ -4,6 +4,7 @@ import ctypes
 import functools
 import resource
 import sys
+from pathlib import Path
 
 import torch
 
@@ -61,6 +62,19 @@ def compute_dtype(device: torch.device | str) -> torch.dtype:
             else torch.float16
         )
     return torch.bfloat16 if _cpu_has_fast_bfloat16() else torch.float32
+
+
+def available_bytes(device: torch.device | str) -> int | None:
+    """Return the bytes that can still be had on `device`; None where the system does not say."""
+    device = torch.device(device)
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+    except OSError:
+        return None
+    found = [line.split()[1] for line in lines if line.startswith("MemAvailable:")]
+    return int(found[0]) * 1024 if found else None
 
 
 def peak_rss_bytes() -> int:

@@ -82,7 +82,7 @@ def start(folder, tensors, stop_after, **settings):
     folder.mkdir(exist_ok=True)
     writer = ShardedWriter(folder, max_shard_bytes=300, journal=Journal(folder, settings))
     for name, tensor in list(tensors.items())[:stop_after]:
-        writer.add(name, tensor, note=name.upper())
+        writer.add(name, tensor, notes={name: name.upper()})
     return writer
 
 

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from halfbyte.errors import AdapterError, CheckpointError, ConfigError
-from halfbyte.export.merge import merge, parse_size
+from halfbyte.export.merge import merge
 from halfbyte.quant.config import NF4Config
 
 NF4_IDENTITY = {"version": 1, "quantization": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}}
@@ -242,14 +242,6 @@ def test_it_says_what_is_missing(tiny_base, make_adapter, tmp_path):
         merge(folder, tmp_path / "other", onto="both")
     with pytest.raises(ConfigError, match="dtype should be"):
         merge(folder, tmp_path / "other", dtype="int8")
-
-
-def test_sizes_are_read_as_people_write_them():
-    assert parse_size("5GB") == 5_000_000_000
-    assert parse_size("1.5 MiB") == 1_572_864
-    for wrong in ("5", "GB", "0GB", "5 parsecs"):
-        with pytest.raises(ConfigError, match="expected a size"):
-            parse_size(wrong)
 
 
 MEASURE = """

@@ -13,7 +13,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
@@ -43,7 +43,7 @@ class ShardedWriter:
         journal: Where whole shards are noted, and found again.
 
     Attributes:
-        notes: What the caller wanted noted of the tensors so far, those of kept shards included.
+        notes: What the caller noted with the tensors so far, those of kept shards included.
     """
 
     def __init__(
@@ -75,7 +75,7 @@ class ShardedWriter:
         if error is None:
             self.close()
 
-    def add(self, name: str, tensor: Tensor, *, note: Any = None) -> None:
+    def add(self, name: str, tensor: Tensor, *, notes: Mapping[str, Any] | None = None) -> None:
         """Write a tensor, on any device, to this shard or to the next one.
 
         A tensor of a kept shard is not written again.
@@ -83,7 +83,7 @@ class ShardedWriter:
         Args:
             name: Its name.
             tensor: Its value.
-            note: A JSON value to remember with it.
+            notes: JSON values to remember once it is written.
 
         Raises:
             CheckpointError: the name is there already, or the disk does not take it.
@@ -99,8 +99,8 @@ class ShardedWriter:
             self._spool = _Spool(self.folder / "spool.partial")
         self._names.add(name)
         self._spool.append(name, tensor.detach())
-        if note is not None:
-            self._spool.notes[name] = self.notes[name] = note
+        self._spool.notes |= notes or {}
+        self.notes |= notes or {}
 
     def close(self) -> None:
         """Write the last shard, give all shards their names, and write the index.

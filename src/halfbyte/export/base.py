@@ -38,16 +38,22 @@ class BaseWeights:
     Args:
         skeleton: A transformers checkpoint, 16-bit or in bitsandbytes' 4-bit layout.
         recipe: What to quantize and dequantize on the way; None leaves all as it is.
+        device: Where weights are quantized and dequantized; by default the GPU where there is one.
     """
 
-    def __init__(self, skeleton: Skeleton, recipe: Recipe | None = None) -> None:
+    def __init__(
+        self,
+        skeleton: Skeleton,
+        recipe: Recipe | None = None,
+        device: torch.device | None = None,
+    ) -> None:
         self._skeleton = skeleton
         self._recipe = recipe
-        self._device = default_device()
+        self._device = device or default_device()
+        self._shapes = {name: tuple(t.shape) for name, t in skeleton.model.state_dict().items()}
         turned = conv1d_weights(skeleton.model)
-        chosen = set() if recipe is None else weights_to_quantize(skeleton.model, recipe.config)
-        self._transposed = {name for name, there in skeleton.names.items() if there in turned}
-        self._round_trips = {name for name, there in skeleton.names.items() if there in chosen}
+        self.transposed = {name for name, there in skeleton.names.items() if there in turned}
+        self._round_trips = set() if recipe is None else self.held_in_4_bits(recipe.config)
 
     @property
     def names(self) -> list[str]:
@@ -55,21 +61,38 @@ class BaseWeights:
         held = {*self._skeleton.names, *self._skeleton.converted}
         return [name for name in self._skeleton.reader.names() if name in held]
 
+    def held_in_4_bits(self, config: NF4Config) -> set[str]:
+        """Return the names of the weights that `config` quantizes."""
+        chosen = weights_to_quantize(self._skeleton.model, config)
+        return {name for name, there in self._skeleton.names.items() if there in chosen}
+
+    def is_as_stored(self, name: str) -> bool:
+        """Whether a tensor is what the checkpoint holds, bit for bit."""
+        return name not in self._skeleton.packed and name not in self._round_trips
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Return the shape of a dense tensor, without reading it."""
+        there = self._skeleton.names.get(name)
+        return self._skeleton.reader.info(name).shape if there is None else self._shapes[there]
+
     def stored_dtype(self, name: str) -> torch.dtype | None:
         """Return a tensor's dtype on disk; None for 4-bit weights, which have one when dense."""
         packed = name in self._skeleton.packed
         return None if packed else self._skeleton.reader.info(name).dtype
 
     def tensor(self, name: str) -> Tensor:
-        """Return one dense tensor in the dtype that it was quantized from, on the CPU."""
+        """Return one dense tensor in the dtype that it was quantized from, for the caller to keep.
+
+        It is on the device if it went through 4 bits, else on the CPU.
+        """
         if name in self._skeleton.packed:
-            quantized = self._read_packed(name)
+            weight = self._read_packed(name)
         elif name in self._round_trips and self._recipe is not None:
-            quantized = self._quantize(name, self._recipe)
+            weight = self._quantize(name, self._recipe)
         else:
             return self._skeleton.reader.tensor(name)
-        dense = quantized.dequantize().cpu()
-        return dense.T.contiguous() if name in self._transposed else dense
+        dense = weight.dequantize()
+        return dense.T.contiguous() if name in self.transposed else dense
 
     def _read_packed(self, name: str) -> QuantizedWeight:
         reader = self._skeleton.reader
@@ -78,12 +101,23 @@ class BaseWeights:
         return from_tensors(name, tensors).to(self._device)
 
     def _quantize(self, name: str, recipe: Recipe) -> QuantizedWeight:
-        """Quantize as training did: on the GPU where there is one."""
+        """Quantize as training did."""
         weight = self._skeleton.reader.tensor(name, self._device)
         weight = weight.to(recipe.dtype or weight.dtype)
-        return QuantizedWeight.quantize(
-            weight.T.contiguous() if name in self._transposed else weight,
-            quant_type=recipe.config.quant_type,
-            block_size=recipe.config.block_size,
-            double_quant=recipe.config.double_quant,
+        return quantized(
+            weight.T.contiguous() if name in self.transposed else weight, recipe.config
         )
+
+
+def quantized(weight: Tensor, config: NF4Config) -> QuantizedWeight:
+    """Return a float weight [out, in] in the 4 bits of `config`.
+
+    Raises:
+        QuantizationError: it holds NaN or Inf.
+    """
+    return QuantizedWeight.quantize(
+        weight,
+        quant_type=config.quant_type,
+        block_size=config.block_size,
+        double_quant=config.double_quant,
+    )

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from halfbyte.checkpoint.header import read_json
+from halfbyte.quant.config import NF4Config
 
 _TOKENIZER_FILES = (
     "tokenizer*",
@@ -43,8 +44,14 @@ def _copy(source: Path, to: Path, patterns: tuple[str, ...]) -> None:
                 shutil.copyfile(path, to / path.name)
 
 
-def write_config(base: Path, to: Path, dtype: torch.dtype, changes: dict[str, Any]) -> None:
-    """Write the base's config.json for plain weights of `dtype`.
+def write_config(
+    base: Path,
+    to: Path,
+    dtype: torch.dtype,
+    changes: dict[str, Any],
+    quant: NF4Config | None = None,
+) -> None:
+    """Write the base's config.json for weights of `dtype`, or for 4-bit ones.
 
     Args:
         base: The base's folder.
@@ -52,11 +59,17 @@ def write_config(base: Path, to: Path, dtype: torch.dtype, changes: dict[str, An
         dtype: dtype of the weights.
         changes: Settings that the merge changed, such as vocab_size; where the model's text part
             has settings of its own, they are changed there.
+        quant: How linear layers are held in 4 bits; they are multiplied in `dtype`.
     """
     left_out = ("quantization_config", "torch_dtype", "_name_or_path")
     saved = read_json(base / "config.json")
     config = {key: value for key, value in saved.items() if key not in left_out}
     config["dtype"] = str(dtype).removeprefix("torch.")
+    if quant is not None:
+        config["quantization_config"] = {
+            **quant.to_dict(),
+            "bnb_4bit_compute_dtype": config["dtype"],
+        }
     text_config = config.get("text_config")
     for name, value in changes.items():
         owner = text_config if isinstance(text_config, dict) and name in text_config else config

@@ -1,209 +1,186 @@
-"""An adapter is added to its base, tensor by tensor, into a plain transformers checkpoint.
+"""An adapter is added to its base, tensor by tensor, into a transformers checkpoint.
 
-Each tensor is read, updated in float32, rounded once to its dtype and written, so that memory holds
-a few tensors and not the model. Tensors that nothing touches are copied as they are. The folder
-appears whole or not at all.
+Each tensor is read, updated in float32, rounded once and written, so that memory holds a few
+tensors and not the model. Tensors that nothing touches are copied as they are. The folder appears
+whole or not at all, and a merge that was interrupted goes on where it was.
 
-Onto which base? Training saw the base through its 4 bits; `onto="dequantized"` adds the adapter to
-just that. `onto="original"` adds it to the 16-bit weights, which the adapter never saw.
+Onto which base? Training saw the base through its 4 bits; "dequantized" adds the adapter to just
+that, "original" to the 16-bit weights, which the adapter never saw. Which of the two is nearer to
+what was trained is measured where there are rows to measure on (`halfbyte.export.choice`).
 """
 
+import dataclasses
+import json
 import math
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
 import torch
 from rich.console import Console
 from rich.progress import track
-from torch import Tensor
 
-from halfbyte.adapters.files import AdapterFiles, read_adapter_files
-from halfbyte.checkpoint.publish import publish
+from halfbyte.adapters.files import CONFIG_FILE, IDENTITY_FILE, WEIGHTS_FILE
+from halfbyte.checkpoint.publish import check_free, publish_resumably, sha256
 from halfbyte.checkpoint.writer import ShardedWriter
 from halfbyte.errors import AdapterError, ConfigError
-from halfbyte.export.adapter import updates_by_tensor
-from halfbyte.export.base import BaseWeights, Recipe
+from halfbyte.export.choice import Choice, choose
 from halfbyte.export.companions import copy_companions, write_config
-from halfbyte.export.plan import Plan, Step, make_plan
-from halfbyte.export.record import check_base, find_base, recorded_recipe
-from halfbyte.export.updates import EmbeddingUpdate, LoraUpdate
-from halfbyte.models.skeleton import Skeleton, conv1d_weights, read_skeleton
-from halfbyte.quant.config import NF4Config
+from halfbyte.export.config import DTYPES, Form, MergeConfig
+from halfbyte.export.source import Source
+from halfbyte.export.tensors import Merged, Rounding
 
-Onto = Literal["dequantized", "original"]
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-_UNITS = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4}
-
-
-@dataclass(frozen=True)
-class Merged:
-    """One tensor of the merged model.
-
-    Args:
-        name: Its name in the checkpoint.
-        tensor: Its value, rounded.
-        rounding_loss: Norm of the rounding error / norm of the update; None where there was none.
-    """
-
-    name: str
-    tensor: Tensor
-    rounding_loss: float | None = None
+REPORT_FILE = "merge_report.json"
 
 
 @dataclass(frozen=True)
 class MergeResult:
     """What a merge wrote.
 
-    Args:
+    Attributes:
         path: The folder.
         base: Folder of the base.
-        onto: Which base the adapter was added to.
-        tensors: Tensors in the checkpoint.
+        onto: What the adapter was added to, and in which form the sum was written.
+        choice: Why, and what was measured.
+        tensors: Tensors in the model.
         tensors_merged: Of these, how many the adapter changed.
-        rounding_loss: Share of the update that rounding to the checkpoint's dtype lost, as a norm,
-            mean over the merged weights: 0 lost nothing, 1 as much as the update itself.
-        rounding_loss_by_tensor: The same for each merged weight.
+        rounding: What rounding did to the update, by merged weight.
     """
 
     path: Path
     base: Path
-    onto: Onto
+    onto: Form
+    choice: Choice
     tensors: int
     tensors_merged: int
-    rounding_loss: float
-    rounding_loss_by_tensor: dict[str, float] = field(repr=False)
+    rounding: dict[str, Rounding] = field(repr=False)
 
+    @property
+    def rounding_loss(self) -> float:
+        """|rounding error| / |update|, mean over the merged weights: 0 lost nothing."""
+        return _mean([each.lost for each in self.rounding.values()])
 
-def merged_tensors(
-    plan: Plan, base: BaseWeights, adapter: AdapterFiles, dtype: torch.dtype | None
-) -> Iterator[Merged]:
-    """Yield the merged model's tensors, one at a time, in the order of the plan.
+    @property
+    def update_kept(self) -> float:
+        """How much of the update is there, along itself, mean over the merged weights."""
+        return _mean([each.kept for each in self.rounding.values()])
 
-    Args:
-        plan: What to do.
-        base: The base's dense tensors.
-        adapter: Where the updates are read from.
-        dtype: dtype of all floating-point tensors; None keeps each one's own.
-
-    Raises:
-        AdapterError: an update does not fit its tensor, or holds NaN or Inf.
-    """
-    for step in plan.steps:
-        tensor = base.tensor(step.source)
-        # Training may have cast the weight before it quantized it, to float32 on most CPUs.
-        target = base.stored_dtype(step.source) or tensor.dtype
-        if dtype is not None and tensor.is_floating_point():
-            target = dtype
-        yield (
-            _merge(step, tensor, adapter, target)
-            if step.updates
-            else Merged(step.name, tensor.to(target))
-        )
-
-
-def _merge(step: Step, tensor: Tensor, adapter: AdapterFiles, dtype: torch.dtype) -> Merged:
-    def load(key: str) -> Tensor:
-        return adapter.tensors[key].float()
-
-    before = updated = tensor.float()
-    for update in step.updates:
-        updated = update.apply(updated, load)
-    written = updated.to(dtype)
-    if not torch.isfinite(written).all():
-        raise AdapterError(
-            f"{step.name} overflows {str(dtype).removeprefix('torch.')} after merging",
-            hint="merge into bfloat16 or float32 with dtype=...",
-        )
-    loss = None
-    if any(isinstance(update, LoraUpdate | EmbeddingUpdate) for update in step.updates):
-        change = torch.linalg.vector_norm(updated - before)
-        lost = torch.linalg.vector_norm(written.float() - updated)
-        loss = float(lost / change) if change > 0 else 0.0
-    return Merged(step.name, written.contiguous(), loss)
+    def report(self) -> dict[str, Any]:
+        """Return what merge_report.json says."""
+        return {
+            "version": 1,
+            "base": str(self.base),
+            "onto": self.onto,
+            **self.choice.report(),
+            "tensors": self.tensors,
+            "tensors_merged": self.tensors_merged,
+            "rounding": {
+                "lost": self.rounding_loss,
+                "kept": self.update_kept,
+                "by_tensor": {n: dataclasses.asdict(r) for n, r in self.rounding.items()},
+            },
+        }
 
 
 def merge(
-    adapter: str | Path,
-    to: str | Path,
-    *,
-    onto: Onto = "dequantized",
-    base: str | Path | None = None,
-    dtype: str | torch.dtype | None = None,
-    quant: NF4Config | None = None,
-    max_shard_size: str = "5GB",
-    overwrite: bool = False,
+    adapter: str | Path, to: str | Path, config: MergeConfig | None = None, **settings: Any
 ) -> MergeResult:
-    """Write adapter and base as one plain transformers checkpoint, with its tokenizer.
+    """Write adapter and base as one transformers checkpoint, with its tokenizer.
+
+    Beside the weights stands merge_report.json: what was chosen, why, and what was measured.
 
     Args:
         adapter: A run's folder, or any folder with an adapter in peft's format.
         to: The folder to make.
-        onto: "dequantized", the base as training saw it through its 4 bits; or "original", the
-            16-bit base.
-        base: The base's folder or hub name, where it is not where training found it.
-        dtype: dtype of the merged weights; by default that of the base's.
-        quant: How training held the base in 4 bits, where the adapter's folder does not say.
-        max_shard_size: Largest file of weights, such as "5GB" or "500MB".
-        overwrite: Replace `to` if it is there.
+        config: How; see `MergeConfig`.
+        **settings: The config's fields, instead of `config`.
 
     Raises:
         AdapterError: the adapter is damaged, does not fit its base, or cannot be merged rightly.
         CheckpointError: the base cannot be found or read, or `to` is there already.
-        ConfigError: a setting has no such value.
+        ConfigError: a setting is unknown or has no such value.
+        DataError: the rows to measure on cannot be read.
     """
-    if onto not in ("dequantized", "original"):
-        raise ConfigError(f"onto should be 'dequantized' or 'original', got {onto!r}")
-    target, max_shard_bytes = _dtype(dtype), parse_size(max_shard_size)
-    files = read_adapter_files(adapter)
-    folder = find_base(files, base)
-    skeleton = read_skeleton(folder)
-    check_base(files, skeleton)
-    recipe = _recipe(files, onto, quant, is_packed=bool(skeleton.packed))
-    weights = BaseWeights(skeleton, recipe)
-    updates = updates_by_tensor(files, conv1d_weights(skeleton.model))
-    plan = make_plan(weights.names, skeleton, updates, files.config)
-    with publish(Path(to), overwrite=overwrite) as partial:
-        tensors = _with_progress(merged_tensors(plan, weights, files, target), len(plan.steps))
-        facts = _write(tensors, partial, max_shard_bytes)
-        losses = {name: fact.loss for name, fact in facts.items() if fact.loss is not None}
-        written = target or next(f.dtype for f in facts.values() if f.dtype.is_floating_point)
-        changes = _changed_settings(skeleton, plan, facts)
-        write_config(folder, partial, written, changes)
-        copy_companions(files.folder, folder, partial)
-    return MergeResult(
-        path=Path(to),
-        base=folder,
-        onto=onto,
-        tensors=len(plan.steps),
-        tensors_merged=sum(bool(step.updates) for step in plan.steps),
-        rounding_loss=math.fsum(losses.values()) / max(len(losses), 1),
-        rounding_loss_by_tensor=losses,
-    )
-
-
-def _recipe(
-    adapter: AdapterFiles, onto: Onto, quant: NF4Config | None, *, is_packed: bool
-) -> Recipe | None:
-    """Return how the base is taken through 4 bits; None where its tensors are right as they are."""
-    if onto == "original" and is_packed:
-        raise AdapterError(
-            "onto=original needs the 16-bit base, and the base is a 4-bit checkpoint",
-            hint="say where the 16-bit one is with base=..., or use onto=dequantized",
+    config = _resolve(config, settings)
+    check_free(Path(to), overwrite=config.overwrite)
+    source = Source.find(adapter, config)
+    choice = choose(source)
+    merger = source.merger(choice.onto)
+    purpose = _purpose(source, choice.onto)
+    with publish_resumably(Path(to), purpose, overwrite=config.overwrite) as (partial, journal):
+        with ShardedWriter(partial, config.max_shard_bytes, journal) as writer:
+            tensors = merger.tensors(skip=set(writer.notes))
+            left = len(merger.plan.steps) - len(writer.notes)
+            for merged in _with_progress(tensors, left):
+                _write(writer, merged)
+        facts = writer.notes
+        _write_config(source, choice.onto, partial, facts)
+        copy_companions(source.adapter.folder, source.folder, partial)
+        steps = merger.plan.steps
+        lost = {step.name: facts[step.name]["rounding"] for step in steps}
+        result = MergeResult(
+            path=Path(to),
+            base=source.folder,
+            onto=choice.onto,
+            choice=choice,
+            tensors=len(steps),
+            tensors_merged=sum(bool(step.updates) for step in steps),
+            rounding={name: Rounding(**found) for name, found in lost.items() if found},
         )
-    if onto == "original" or is_packed:
-        return None
-    return Recipe(quant) if quant is not None else recorded_recipe(adapter)
+        text = json.dumps(result.report(), indent=2) + "\n"
+        (partial / REPORT_FILE).write_text(text, encoding="utf-8")
+    return result
 
 
-class _Fact(NamedTuple):
-    """What is remembered of a tensor once it is written."""
+def _resolve(config: MergeConfig | None, settings: dict[str, Any]) -> MergeConfig:
+    names = [each.name for each in dataclasses.fields(MergeConfig)]
+    unknown = sorted(settings.keys() - set(names))
+    if unknown or (config is not None and settings):
+        raise ConfigError(
+            f"merge has no setting {unknown[0]!r}"
+            if unknown
+            else "merge got a config and settings",
+            hint=f"its settings are {', '.join(names)}" if unknown else "give one of the two",
+        )
+    return config or MergeConfig(**settings)
 
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    loss: float | None
+
+def _purpose(source: Source, form: Form) -> dict[str, Any]:
+    """Return what the bytes to be written depend on; an interrupted merge goes on if it is equal.
+
+    The base may have hundreds of gigabytes, so it is told by sizes and times, not by its bytes.
+    """
+    recipe, config = source.recipe if form != "original" else None, source.config
+    names = (CONFIG_FILE, WEIGHTS_FILE, IDENTITY_FILE)
+    adapter = [source.adapter.folder / name for name in names]
+    device = source.device
+    return {
+        "merge": form,
+        "base": {
+            str(file.resolve()): [file.stat().st_size, file.stat().st_mtime_ns]
+            for file in (source.folder / "config.json", *source.skeleton.reader.files)
+        },
+        "adapter": {file.name: sha256(file) for file in adapter if file.is_file()},
+        "recipe": recipe and [recipe.config.to_dict(), recipe.config.block_size, str(recipe.dtype)],
+        "dtype": str(config.torch_dtype),
+        "max_shard_bytes": config.max_shard_bytes,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "torch": str(torch.__version__),
+    }
+
+
+def _write(writer: ShardedWriter, merged: Merged) -> None:
+    """Write a tensor, or the parts of a 4-bit one; what is to be known stands with the last."""
+    fact = {
+        "shape": list(merged.value.shape),
+        "dtype": str(merged.value.dtype).removeprefix("torch."),
+        "rounding": merged.rounding and dataclasses.asdict(merged.rounding),
+    }
+    *others, (last, tensor) = merged.tensors().items()
+    for name, part in others:
+        writer.add(name, part)
+    writer.add(last, tensor, notes={merged.name: fact})
 
 
 def _with_progress(tensors: Iterator[Merged], total: int) -> Iterator[Merged]:
@@ -214,29 +191,27 @@ def _with_progress(tensors: Iterator[Merged], total: int) -> Iterator[Merged]:
     )
 
 
-def _write(tensors: Iterator[Merged], folder: Path, max_shard_bytes: int) -> dict[str, _Fact]:
-    """Write all tensors; return what is to be remembered of each."""
-    facts = {}
-    with ShardedWriter(folder, max_shard_bytes) as writer:
-        for merged in tensors:
-            writer.add(merged.name, merged.tensor)
-            shape = tuple(merged.tensor.shape)
-            facts[merged.name] = _Fact(shape, merged.tensor.dtype, merged.rounding_loss)
-    return facts
+def _write_config(source: Source, form: Form, to: Path, facts: Mapping[str, Any]) -> None:
+    """Write config.json, with what the merge changed."""
+    quant = source.quant(form)
+    dtypes = [fact["dtype"] for fact in facts.values() if fact["dtype"] in DTYPES]
+    dtype = source.config.torch_dtype or DTYPES[dtypes[0]]
+    write_config(source.folder, to, dtype, _changed_settings(source, facts), quant)
 
 
-def _changed_settings(skeleton: Skeleton, plan: Plan, facts: Mapping[str, _Fact]) -> dict[str, Any]:
+def _changed_settings(source: Source, facts: Mapping[str, Any]) -> dict[str, Any]:
     """Return the settings of the base that the merged model has otherwise.
 
     Raises:
         AdapterError: the embedding grew and the output head did not, or the reverse.
     """
-    changes: dict[str, Any] = {"tie_word_embeddings": False} if plan.unties else {}
+    skeleton = source.skeleton
+    changes: dict[str, Any] = {"tie_word_embeddings": False} if source.plan.unties else {}
     model, on_disk = skeleton.model, {there: name for name, there in skeleton.names.items()}
     tables = (model.get_input_embeddings(), model.get_output_embeddings())
     in_memory = [f"{name}.weight" for name, part in model.named_modules() if part in tables]
     names = [on_disk.get(name, name) for name in in_memory]
-    rows = {facts[name].shape[0] for name in names if name in facts}
+    rows = {facts[name]["shape"][0] for name in names if name in facts}
     if len(rows) > 1:
         raise AdapterError(
             f"embedding and output head would have {sorted(rows)} rows after merging",
@@ -247,20 +222,5 @@ def _changed_settings(skeleton: Skeleton, plan: Plan, facts: Mapping[str, _Fact]
     return changes
 
 
-def _dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
-    found = _DTYPES.get(dtype) if isinstance(dtype, str) else dtype
-    if dtype is not None and found not in _DTYPES.values():
-        raise ConfigError(f"dtype should be one of {', '.join(_DTYPES)}, got {dtype!r}")
-    return found
-
-
-def parse_size(text: str) -> int:
-    """Return the bytes in "500MB" or "2GiB".
-
-    Raises:
-        ConfigError: it is no size.
-    """
-    match = re.fullmatch(r"(\d+(?:\.\d+)?) *([KMGT]?)(i?)B", text.strip(), re.IGNORECASE)
-    if not match or float(match[1]) == 0:
-        raise ConfigError(f"expected a size such as 5GB or 500MB, got {text!r}")
-    return int(float(match[1]) * (1024 if match[3] else 1000) ** _UNITS[match[2].upper()])
+def _mean(values: list[float]) -> float:
+    return math.fsum(values) / max(len(values), 1)

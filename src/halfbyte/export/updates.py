@@ -1,8 +1,10 @@
-"""What an adapter does to one tensor of its base, in float32.
+"""What an adapter does to one tensor of its base, in float32, a slab of rows at a time.
 
 LoRA (Hu et al. 2021, arXiv:2106.09685) adds scaling * B @ A to a weight; DoRA (Liu et al. 2024,
 arXiv:2402.09353, section 4) then gives every output row a trained length. Trained copies and
-trained rows replace what was there. Nothing here rounds: the caller rounds once, at the end.
+trained rows replace what was there. Every row of a result depends on the same row of the base
+alone, so that a large tensor can be worked on in slabs. Nothing here rounds: the caller rounds
+once, at the end.
 """
 
 from collections.abc import Callable
@@ -14,7 +16,7 @@ from torch import Tensor
 from halfbyte.errors import AdapterError
 
 Load = Callable[[str], Tensor]
-"""Returns one tensor of the adapter, as float32."""
+"""Returns one tensor of the adapter, in the dtype that it was saved in."""
 
 
 def _expect(key: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
@@ -45,24 +47,27 @@ class LoraUpdate:
     magnitude: str | None = None
     is_transposed: bool = False
 
-    def apply(self, weight: Tensor, load: Load) -> Tensor:
-        """Return the updated float32 [out, in] weight ([in, out] where `is_transposed`)."""
-        if weight.ndim != 2:
+    def check(self, shape: tuple[int, ...], load: Load) -> tuple[int, ...]:
+        """Return the shape after the update of a weight [out, in]: the same."""
+        if len(shape) != 2:
             raise AdapterError(
-                f"{self.lora_A} adapts a tensor of shape {list(weight.shape)}; "
-                "merging is for matrices",
+                f"{self.lora_A} adapts a tensor of shape {list(shape)}; merging is for matrices",
                 hint="keep the adapter beside its base, or merge with peft's merge_and_unload",
             )
-        weight_OI = weight.T if self.is_transposed else weight
-        A, B = load(self.lora_A).to(weight.device), load(self.lora_B).to(weight.device)
-        _expect(self.lora_A, A, (self.rank, weight_OI.shape[1]))
-        _expect(self.lora_B, B, (weight_OI.shape[0], self.rank))
-        merged = torch.addmm(weight_OI, B, A, alpha=self.scaling)
+        _expect(self.lora_A, load(self.lora_A), (self.rank, shape[1]))
+        _expect(self.lora_B, load(self.lora_B), (shape[0], self.rank))
         if self.magnitude is not None:
-            magnitude = load(self.magnitude).to(weight.device)
-            _expect(self.magnitude, magnitude, (weight_OI.shape[0],))
+            _expect(self.magnitude, load(self.magnitude), (shape[0],))
+        return shape
+
+    def apply(self, weight_OI: Tensor, rows: slice, load: Load) -> Tensor:
+        """Return the updated rows of the float32 [out, in] weight."""
+        A, B = (load(key).to(weight_OI) for key in (self.lora_A, self.lora_B))
+        merged = torch.addmm(weight_OI, B[rows], A, alpha=self.scaling)
+        if self.magnitude is not None:
+            magnitude = load(self.magnitude)[rows].to(weight_OI)
             merged *= (magnitude / torch.linalg.vector_norm(merged, dim=1)).unsqueeze(1)
-        return merged.T if self.is_transposed else merged
+        return merged
 
 
 @dataclass(frozen=True)
@@ -74,12 +79,16 @@ class EmbeddingUpdate:
     rank: int
     scaling: float
 
-    def apply(self, weight: Tensor, load: Load) -> Tensor:
-        """Return the updated float32 [vocab, dim] table."""
-        A, B = load(self.lora_A).to(weight.device), load(self.lora_B).to(weight.device)
-        _expect(self.lora_A, A, (self.rank, weight.shape[0]))
-        _expect(self.lora_B, B, (weight.shape[1], self.rank))
-        return torch.addmm(weight, A.T, B.T, alpha=self.scaling)
+    def check(self, shape: tuple[int, ...], load: Load) -> tuple[int, ...]:
+        """Return the shape after the update of a table [vocab, dim]: the same."""
+        _expect(self.lora_A, load(self.lora_A), (self.rank, shape[0]))
+        _expect(self.lora_B, load(self.lora_B), (shape[1], self.rank))
+        return shape
+
+    def apply(self, table: Tensor, rows: slice, load: Load) -> Tensor:
+        """Return the updated rows of the float32 [vocab, dim] table."""
+        A, B = load(self.lora_A)[:, rows].to(table), load(self.lora_B).to(table)
+        return torch.addmm(table, A.T, B.T, alpha=self.scaling)
 
 
 @dataclass(frozen=True)
@@ -89,31 +98,50 @@ class BiasUpdate:
     lora_bias: str
     scaling: float
 
-    def apply(self, bias: Tensor, load: Load) -> Tensor:
-        """Return the updated float32 [out] bias."""
-        update = load(self.lora_bias).to(bias.device)
-        _expect(self.lora_bias, update, tuple(bias.shape))
-        return bias + self.scaling * update
+    def check(self, shape: tuple[int, ...], load: Load) -> tuple[int, ...]:
+        """Return the shape after the update of a bias [out]: the same."""
+        _expect(self.lora_bias, load(self.lora_bias), shape)
+        return shape
+
+    def apply(self, bias: Tensor, rows: slice, load: Load) -> Tensor:
+        """Return the updated elements of the float32 [out] bias."""
+        return bias + self.scaling * load(self.lora_bias)[rows].to(bias)
 
 
 @dataclass(frozen=True)
 class RowsUpdate:
-    """Trained rows of an embedding take the places of the old ones: `trainable_token_indices`."""
+    """Trained rows of an embedding take the places of the old ones: `trainable_token_indices`.
+
+    Rows behind the last one of the base are those of new tokens; all of them must be trained.
+    """
 
     rows: str
     indices: tuple[int, ...]
 
-    def apply(self, weight: Tensor, load: Load) -> Tensor:
-        """Return the float32 [vocab, dim] table with its trained rows."""
-        rows = load(self.rows).to(weight.device)
-        _expect(self.rows, rows, (len(self.indices), weight.shape[1]))
-        if max(self.indices) >= weight.shape[0]:
+    def check(self, shape: tuple[int, ...], load: Load) -> tuple[int, ...]:
+        """Return the shape after the update of a table [vocab, dim]: with rows for new tokens."""
+        _expect(self.rows, load(self.rows), (len(self.indices), shape[1]))
+        last = max(self.indices)
+        if not set(range(shape[0], last + 1)) <= set(self.indices):
             raise AdapterError(
-                f"{self.rows} trains token {max(self.indices)}, "
-                f"but the base's table has {weight.shape[0]} rows",
+                f"{self.rows} trains token {last}, but the base's table has {shape[0]} rows, "
+                "and some between are not trained",
                 hint="give the base that the adapter was trained on with base=...",
             )
-        return weight.index_copy(0, torch.tensor(self.indices, device=weight.device), rows)
+        return (max(shape[0], last + 1), shape[1])
+
+    def apply(self, table: Tensor, rows: slice, load: Load) -> Tensor:
+        """Return the float32 rows of the [vocab, dim] table, the trained ones among them."""
+        trained = load(self.rows)
+        places = [
+            (place, index - rows.start)
+            for place, index in enumerate(self.indices)
+            if rows.start <= index < rows.start + len(table)
+        ]
+        if not places:
+            return table
+        sources, targets = torch.tensor(places, device=table.device).T
+        return table.index_copy(0, targets, trained[sources.to(trained.device)].to(table))
 
 
 @dataclass(frozen=True)
@@ -122,11 +150,15 @@ class ReplaceUpdate:
 
     copy: str
 
-    def apply(self, tensor: Tensor, load: Load) -> Tensor:
-        """Return the float32 copy; only the number of rows may differ (a grown vocabulary)."""
-        copy = load(self.copy).to(tensor.device)
-        _expect(self.copy, copy, (*copy.shape[:1], *tensor.shape[1:]))
-        return copy
+    def check(self, shape: tuple[int, ...], load: Load) -> tuple[int, ...]:
+        """Return the shape of the copy; only the number of rows may differ (a grown vocabulary)."""
+        copy = load(self.copy)
+        _expect(self.copy, copy, (*copy.shape[:1], *shape[1:]))
+        return tuple(copy.shape)
+
+    def apply(self, tensor: Tensor, rows: slice, load: Load) -> Tensor:
+        """Return the rows of the float32 copy."""
+        return load(self.copy)[rows].to(tensor)
 
 
 Update = LoraUpdate | EmbeddingUpdate | BiasUpdate | RowsUpdate | ReplaceUpdate
