@@ -104,7 +104,7 @@ def publish(final: Path, *, overwrite: bool = False) -> Iterator[Path]:
         CheckpointError: `final` exists and `overwrite` is false, or it cannot be written.
     """
     final = Path(final)
-    _check_free(final, overwrite=overwrite)
+    check_free(final, overwrite=overwrite)
     partial = final.parent / f".{final.name}.{uuid.uuid4().hex[:8]}.partial"
     _make_folder(partial)
     try:
@@ -139,7 +139,7 @@ def publish_resumably(
             it cannot be written.
     """
     final = Path(final)
-    _check_free(final, overwrite=overwrite)
+    check_free(final, overwrite=overwrite)
     partial = final.parent / f".{final.name}.partial"
     _make_folder(partial)
     with _locked(partial):
@@ -169,7 +169,12 @@ def _may_go_better(error: BaseException) -> bool:
     return isinstance(error, causes) or isinstance(error.__cause__, OSError)
 
 
-def _check_free(final: Path, *, overwrite: bool) -> None:
+def check_free(final: Path, *, overwrite: bool) -> None:
+    """Check that `final` may be made.
+
+    Raises:
+        CheckpointError: it exists and `overwrite` is false.
+    """
     if final.exists() and not overwrite and (not final.is_dir() or any(final.iterdir())):
         raise CheckpointError(
             f"{final} already exists", hint="choose another place, or allow it to be overwritten"
