@@ -4,7 +4,7 @@ import os
 import pytest
 
 from halfbyte.data import files
-from halfbyte.data.files import read_file, read_objects
+from halfbyte.data.files import Broken, read_file, read_objects
 from halfbyte.errors import DataError
 
 
@@ -15,7 +15,11 @@ def write(folder, name, content):
 
 
 def rows(path):
-    return [json.loads(row.json) for row in read_file(path)]
+    found = list(read_file(path))
+    for row in found:
+        if isinstance(row, Broken):
+            raise row.error()
+    return [json.loads(row.json) for row in found]
 
 
 TWO = [{"text": "a"}, {"text": "b\u2019"}]

@@ -108,7 +108,11 @@ def test_conversations_without_a_template_say_what_to_choose(run):
 def test_rows_with_nothing_to_learn_are_dropped_and_counted(run):
     quiet = {"messages": [{"role": "user", "content": "hello"}]}
     loud = {"messages": [*quiet["messages"], {"role": "assistant", "content": "hi"}]}
-    data = run([quiet, loud, {"messages": []}, quiet, loud])
+    rows = [quiet, loud, {"messages": []}, quiet, loud]
+    with pytest.raises(DataError, match="nothing_supervised: 3 of 5 rows") as error:
+        run(rows)
+    assert "allow: [nothing_supervised]" in error.value.hint
+    data = run(rows, allow=["nothing_supervised"])
     assert len(data.train) == data.summary.train.rows == 2
     assert data.summary.train.unsupervised_rows == 3
 

@@ -14,11 +14,11 @@ ROWS = [{"prompt": f"What is {n} plus two?", "completion": f"{n + 2}"} for n in 
 
 @pytest.fixture
 def run(tokenizer, tmp_path):
-    def call(rows=ROWS, template="plain", loss_on="assistant", num_proc=None):
+    def call(rows=ROWS, template="plain", loss_on="assistant", num_proc=None, with_facts=False):
         source = from_rows(rows)
         layout = detect("auto", {}, source.first(), None)
         encoder = ChatEncoder(tokenizer, NAMED[template].jinja, loss_on=loss_on)
-        return tokenize(
+        rows, facts, was_cached = tokenize(
             source,
             layout,
             encoder,
@@ -26,6 +26,7 @@ def run(tokenizer, tmp_path):
             cache_dir=str(tmp_path / "cache"),
             progress=False,
         )
+        return (rows, facts) if with_facts else (rows, was_cached)
 
     return call
 
@@ -73,12 +74,16 @@ def test_two_processes_give_the_same_tokens(run, tmp_path):
     assert together.source.tolist() == list(range(40))
 
 
-def test_errors_of_other_processes_name_the_row(run):
+def test_broken_rows_are_facts_and_name_themselves(run):
     rows = [*ROWS, {"prompt": "x", "completion": 5}]
     for num_proc in (None, 2):
-        with pytest.raises(DataError, match="row 41: completion must be text") as error:
-            run(rows=rows, num_proc=num_proc)
-        assert error.value.hint
+        tokens, facts = run(rows=rows, num_proc=num_proc, with_facts=True)
+        ((number, (message, hint)),) = facts.errors.items()
+        assert number == 40
+        assert message.startswith("row 41: completion must be text")
+        assert "columns" in hint
+        assert tokens.source.tolist() == list(range(40))
+        assert len(facts) == 41
 
 
 def test_a_cache_that_cannot_be_used_is_an_error(run, tmp_path):

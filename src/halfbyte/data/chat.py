@@ -11,7 +11,6 @@ its text are tokenized one by one:
   write the real one. It is hidden behind a private character while the template runs.
 """
 
-import enum
 import itertools
 import re
 from collections.abc import Sequence
@@ -22,30 +21,15 @@ from typing import Any
 from tokenizers import Encoding, Tokenizer, processors
 from transformers import PreTrainedTokenizerBase
 
+from halfbyte.data.content import LOOKS_SPECIAL
 from halfbyte.data.formats import Example, Message
+from halfbyte.data.notes import Note
 from halfbyte.data.spans import PRIVATE, Rendered, Renderer, Span, added_tokens
 from halfbyte.errors import DataError
 
 IGNORE_INDEX = -100
 # The first three noncharacters belong to the renderer.
 _SHIELDS = [chr(code) for code in range(0xFDD3, 0xFDF0)]
-
-
-class Note(enum.IntFlag):
-    """What was remarkable about a row."""
-
-    NONE = 0
-
-    EOS_APPENDED = 1
-    """The template left no stop token after the last turn."""
-    REWRITTEN = 2
-    """One of several rows of a conversation whose earlier turns the template rewrites."""
-    SPECIAL_TEXT = 4
-    """A message spells a special token; it was tokenized as text."""
-    SPECIAL_TOKEN = 8
-    """A message spells a special token, and this tokenizer cannot keep it as text."""
-    NO_STOP = 16
-    """There is no stop token: the tokenizer has no EOS."""
 
 
 @dataclass(frozen=True)
@@ -72,6 +56,10 @@ class ChatEncoder:
         template: Jinja text; `None` for the tokenizer's own.
         loss_on: "assistant", "completion" or "all".
 
+    Attributes:
+        special: The texts of the tokenizer's special tokens.
+        known: The texts of all tokens that were added to its vocabulary.
+
     Raises:
         DataError: the tokenizer is not a fast one, so it cannot say which characters a token is.
     """
@@ -87,7 +75,19 @@ class ChatEncoder:
         self.tokenizer = tokenizer
         self.renderer = Renderer(tokenizer, template, loss_on=loss_on)
         special = added_tokens(tokenizer, special=True)
+        self.special = frozenset(special)
+        self.known = frozenset(added_tokens(tokenizer, special=False))
         self._special = re.compile("|".join(map(re.escape, special)) or r"(?!)")
+
+    @property
+    def frame_tokens(self) -> list[str]:
+        """What the template writes around messages that looks like tokens, and is none."""
+        said = [{"role": role, "content": "x"} for role in ("user", "assistant")]
+        try:
+            text = self.renderer.render(said, prompt=True)
+        except DataError:
+            return []
+        return sorted(set(LOOKS_SPECIAL.findall(text)) - self.known)
 
     def encode(self, examples: Sequence[tuple[str, Example]]) -> list[list[Encoded]]:
         """Return the rows of each example; `examples` pairs each with where it came from.
@@ -95,19 +95,32 @@ class ChatEncoder:
         Raises:
             DataError: an example cannot be encoded exactly; the message names where it came from.
         """
-        rendered = [_named(where, self._render, example) for where, example in examples]
-        flat = [row for rows in rendered for row in rows]
-        encodings = self._parser.encode_batch(
-            [row.rendered.text for row in flat], add_special_tokens=False
+        encoded = self.encode_each(examples)
+        for rows in encoded:
+            if isinstance(rows, DataError):
+                raise rows
+        return [rows for rows in encoded if not isinstance(rows, DataError)]
+
+    def encode_each(
+        self, examples: Sequence[tuple[str, Example]]
+    ) -> list[list[Encoded] | DataError]:
+        """Return the rows of each example, or why it cannot be encoded exactly."""
+        rendered = [_attempt(where, self._render, example) for where, example in examples]
+        flat = [row for rows in rendered if isinstance(rows, list) for row in rows]
+        encodings = iter(
+            self._parser.encode_batch([row.rendered.text for row in flat], add_special_tokens=False)
         )
-        wheres = [where for (where, _), rows in zip(examples, rendered, strict=True) for _ in rows]
-        encoded = iter(
-            [
-                _named(where, self._finish, row, encoding)
-                for where, row, encoding in zip(wheres, flat, encodings, strict=True)
-            ]
-        )
-        return [list(itertools.islice(encoded, len(rows))) for rows in rendered]
+        return [
+            rows
+            if isinstance(rows, DataError)
+            else _attempt(
+                where, self._finish_all, rows, list(itertools.islice(encodings, len(rows)))
+            )
+            for (where, _), rows in zip(examples, rendered, strict=True)
+        ]
+
+    def _finish_all(self, rows: "list[_Row]", encodings: list[Encoding]) -> list[Encoded]:
+        return [self._finish(row, it) for row, it in zip(rows, encodings, strict=True)]
 
     @cached_property
     def _parser(self) -> Tokenizer:
@@ -245,12 +258,12 @@ class _Row:
     notes: Note = Note.NONE
 
 
-def _named(where: str, function: Any, *args: Any) -> Any:
-    """Call `function`; an error that it raises says where the example came from."""
+def _attempt(where: str, function: Any, *args: Any) -> Any:
+    """Call `function` and return what it returns, or the error that it raised with `where`."""
     try:
         return function(*args)
     except DataError as error:
-        raise DataError(f"{where}: {error.message}", hint=error.hint) from error
+        return DataError(f"{where}: {error.message}", hint=error.hint)
 
 
 def _token_ranges(encoding: Encoding, rendered: Rendered) -> list[Span] | None:

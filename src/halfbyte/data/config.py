@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 Format = Literal["auto", "messages", "sharegpt", "alpaca", "prompt_completion", "text"]
 LossOn = Literal["assistant", "completion", "all"]
+Allowable = Literal["unreadable_rows", "nothing_supervised", "no_stop"]
 OverLength = Literal["error", "truncate", "split", "drop"]
 
 
@@ -47,6 +48,8 @@ class DataConfig(BaseModel):
     """Put several rows into one sequence; they never see each other."""
     system_prompt: str | None = None
     """Put before conversations that have no system message of their own."""
+    allow: tuple[Allowable, ...] = ()
+    """Findings that shall not stop the run: unreadable_rows, nothing_supervised, no_stop."""
     num_proc: int | None = Field(default=None, ge=1)
     """Processes that tokenize; by default the cores, or one where the data are few."""
     cache_dir: str | None = None

@@ -41,14 +41,14 @@ def shuffled(count: int, *, seed: int, epoch: int, stream: int = 0) -> IntArray:
     Each number is given a 64-bit key by splitmix64 (Steele, Lea & Flood 2014) and sorted by it.
     NumPy's and torch's generators may change between versions; a resumed run must not.
     """
-    start = _mix(np.array([seed, epoch, stream], dtype=np.int64).astype(np.uint64))
-    key = _mix(_mix(start[0:1] ^ np.uint64(1)) ^ start[1:2])
-    key = _mix(key ^ _mix(start[2:3] ^ np.uint64(2)))
-    keys = _mix(np.arange(count, dtype=np.uint64) ^ key)
+    start = mix(np.array([seed, epoch, stream], dtype=np.int64).astype(np.uint64))
+    key = mix(mix(start[0:1] ^ np.uint64(1)) ^ start[1:2])
+    key = mix(key ^ mix(start[2:3] ^ np.uint64(2)))
+    keys = mix(np.arange(count, dtype=np.uint64) ^ key)
     return np.argsort(keys, kind="stable").astype(np.int64)
 
 
-def _mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
+def mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
     """Return splitmix64's output function of `x`: a permutation of the 64-bit integers."""
     x = x + np.uint64(0x9E3779B97F4A7C15)
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)

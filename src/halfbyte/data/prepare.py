@@ -2,29 +2,23 @@
 
 import hashlib
 import json
-import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any, TypeAlias
 
 import datasets
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from halfbyte.data.chat import ChatEncoder, Note
+from halfbyte.data.checks import check
 from halfbyte.data.config import DataConfig
-from halfbyte.data.formats import Layout, detect
+from halfbyte.data.findings import refuse
+from halfbyte.data.gather import InMemory, Split, gather
 from halfbyte.data.length import apply_policy
-from halfbyte.data.packing import shuffled
+from halfbyte.data.notes import Note
 from halfbyte.data.rows import TokenRows
-from halfbyte.data.sources import Source, from_rows, load_source
-from halfbyte.data.summary import SplitSummary, Summary, length_percentiles
-from halfbyte.data.templates import resolve_template
-from halfbyte.data.tokenize import progress_bars, tokenize
+from halfbyte.data.summary import COUNTED_NOTES, SplitSummary, Summary, length_percentiles
 from halfbyte.errors import DataError
-
-InMemory: TypeAlias = Sequence[Mapping[str, Any]] | datasets.Dataset
 
 
 @dataclass(frozen=True)
@@ -50,17 +44,6 @@ class PreparedData:
     stop_token_ids: tuple[int, ...]
 
 
-@dataclass(frozen=True)
-class _Tokenized:
-    rows: TokenRows
-    num_read: int
-    title: str
-    from_cache: bool
-
-    def part(self, chosen: Any, num_read: int, title: str) -> "_Tokenized":
-        return _Tokenized(self.rows.select(chosen), num_read, title, self.from_cache)
-
-
 def prepare(
     config: DataConfig,
     tokenizer: PreTrainedTokenizerBase,
@@ -81,110 +64,52 @@ def prepare(
         progress: Show bars; by default where stderr is a terminal.
 
     Raises:
-        DataError: the data cannot be read, a row does not fit, rows are longer than `max_length`
-            (with `over_length: error`), or nothing would be learned.
+        DataError: the data cannot be read, rows are longer than `max_length` (with
+            `over_length: error`), nothing would be learned, or a finding that ruins a model is not
+            in `config.allow`.
     """
     started = time.perf_counter()
-    with progress_bars(shown=sys.stderr.isatty() if progress is None else progress):
-        source = _source(config, rows, eval_source=False)
-        held_out = _source(config, eval_rows, eval_source=True)
-    if source is None:
-        raise DataError("no data: `path` is not set", hint="set `path` to a file or a hub name")
-    layout = detect(config.format, config.columns, source.first(), config.system_prompt)
-    template = (
-        None if layout.format == "text" else resolve_template(config.chat_template, tokenizer)
+    gathered = gather(
+        config, tokenizer, seed=seed, rows=rows, eval_rows=eval_rows, progress=progress
     )
-    encoder = ChatEncoder(tokenizer, template, loss_on=config.loss_on)
-    train = _tokenize(source, layout, encoder, config, progress)
-    evaluation = None
-    if held_out is not None:
-        other = detect(config.format, config.columns, held_out.first(), config.system_prompt)
-        evaluation = _tokenize(held_out, other, encoder, config, progress)
-    elif config.eval_fraction:
-        train, evaluation = hold_out(train, config.eval_fraction, seed)
-    train_rows, train_summary = _finish(train, config)
-    eval_rows_, eval_summary = _finish(evaluation, config) if evaluation else (None, None)
-    is_text = layout.format == "text"
+    refuse_broken(gathered.splits, config)
+    train_rows, train_summary = _finish(gathered.train, config)
+    held_out = gathered.eval
+    eval_rows_, eval_summary = _finish(held_out, config) if held_out else (None, None)
+    findings = check(gathered, config)
+    refuse(findings)
     summary = Summary(
         train=train_summary,
         eval=eval_summary,
         eval_overlap=_overlap(train_rows, eval_rows_),
-        format=layout.format,
-        stop=tokenizer.eos_token if is_text else encoder.renderer.stop,
+        format=gathered.train.layout.format,
+        stop=gathered.stop,
         seconds=time.perf_counter() - started,
-        from_cache=train.from_cache,
+        from_cache=gathered.train.from_cache,
+        findings=tuple(findings),
     )
     return PreparedData(
         train=train_rows.to_dataset(),
         eval=None if eval_rows_ is None else eval_rows_.to_dataset(),
         fingerprint=_fingerprint(config, train_rows, eval_rows_),
         summary=summary,
-        chat_template=template,
+        chat_template=gathered.template,
         stop_token_ids=_stop_ids(tokenizer, summary),
     )
 
 
-def _source(config: DataConfig, rows: InMemory | None, *, eval_source: bool) -> Source | None:
-    if rows is not None:
-        return from_rows(rows)
-    path, split = config.path, config.split
-    if eval_source:
-        if config.eval_path is None and config.eval_split is None:
-            return None
-        path, split = config.eval_path or config.path, config.eval_split
-    if path is None:
-        return None
-    name = config.name if path == config.path else None
-    return load_source(path, name=name, split=split, cache_dir=config.cache_dir)
+def refuse_broken(splits: Mapping[str, Split], config: DataConfig) -> None:
+    """Raise the first row's error where rows could not be read, unless that is allowed."""
+    broken = [row for split in splits.values() for row in split.broken]
+    if not broken or "unreadable_rows" in config.allow:
+        return
+    more = f" (and {len(broken) - 1:,} more rows cannot be used)" if len(broken) > 1 else ""
+    leave_out = "allow: [unreadable_rows] leaves such rows out"
+    hint = f"{broken[0].hint}; {leave_out}" if broken[0].hint else leave_out
+    raise DataError(broken[0].message + more, hint=hint)
 
 
-def _tokenize(
-    source: Source,
-    layout: Layout,
-    encoder: ChatEncoder,
-    config: DataConfig,
-    progress: bool | None,  # noqa: FBT001
-) -> _Tokenized:
-    rows, from_cache = tokenize(
-        source,
-        layout,
-        encoder,
-        num_proc=config.num_proc,
-        cache_dir=config.cache_dir,
-        progress=progress,
-    )
-    return _Tokenized(rows, len(source), source.title, from_cache)
-
-
-def hold_out(data: _Tokenized, fraction: float, seed: int) -> tuple[_Tokenized, _Tokenized]:
-    """Split rows in two by the seed, keeping equal rows (and one conversation's) on one side.
-
-    Raises:
-        DataError: there are too few different rows.
-    """
-    sources, first = np.unique(data.rows.source, return_index=True)
-    keys = data.rows.select(first).keys()
-    groups = np.unique(np.array(keys, dtype=object), return_inverse=True)[1]
-    sizes = np.bincount(groups)
-    order = shuffled(len(sizes), seed=seed, epoch=0, stream=2)
-    wanted = max(1, round(fraction * data.num_read))
-    count = int(np.searchsorted(np.cumsum(sizes[order]), wanted)) + 1
-    if count >= len(sizes):
-        raise DataError(
-            f"eval_fraction={fraction} of {data.title} would leave nothing to train on: "
-            f"it has {len(sizes)} different rows",
-            hint="give held-out rows of their own with eval_path, or a smaller eval_fraction",
-        )
-    is_held = np.isin(groups, order[:count])
-    held = np.isin(data.rows.source, sources[is_held])
-    num_held = int(is_held.sum())
-    return (
-        data.part(~held, data.num_read - num_held, data.title),
-        data.part(held, num_held, f"the held-out part of {data.title}"),
-    )
-
-
-def _finish(data: _Tokenized, config: DataConfig) -> tuple[TokenRows, SplitSummary]:
+def _finish(data: Split, config: DataConfig) -> tuple[TokenRows, SplitSummary]:
     """Drop what teaches nothing, apply the length policy, and count."""
     learned = data.rows.select(data.rows.supervised > 0)
     rows, lengths = apply_policy(learned, config.over_length, config.max_length, title=data.title)
@@ -202,9 +127,10 @@ def _finish(data: _Tokenized, config: DataConfig) -> tuple[TokenRows, SplitSumma
         rows=len(rows),
         total_tokens=int(rows.offsets[-1]),
         supervised_tokens=supervised,
-        unsupervised_rows=data.num_read - num_left - lengths.dropped_rows,
+        unreadable_rows=len(data.broken),
+        unsupervised_rows=data.num_read - len(data.facts.errors) - num_left - lengths.dropped_rows,
         **asdict(lengths),
-        **{str(note.name).lower(): _count(rows, note) for note in Note},
+        **{str(note.name).lower(): _count(rows, note) for note in COUNTED_NOTES},
         percentiles=length_percentiles(rows.lengths),
     )
 

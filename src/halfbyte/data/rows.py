@@ -107,15 +107,16 @@ class TokenRows:
 
     @classmethod
     def from_dataset(cls, dataset: datasets.Dataset) -> Self:
-        """Read rows from a dataset with `input_ids`, `labels`, `source` and `notes`."""
+        """Read the rows that have tokens from the columns that have this class's names."""
         table = dataset.with_format("arrow")[:]
         lists = [table["input_ids"].combine_chunks(), table["labels"].combine_chunks()]
         lengths = lists[0].value_lengths().to_numpy(zero_copy_only=False)
         input_ids, labels = (part.flatten().to_numpy(zero_copy_only=False) for part in lists)
+        has_tokens = lengths > 0
         return cls(
             input_ids.astype(np.int32, copy=False),
             labels.astype(np.int32, copy=False),
-            np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
-            table["source"].to_numpy().astype(np.int64),
-            table["notes"].to_numpy().astype(np.int64),
+            np.concatenate([[0], np.cumsum(lengths[has_tokens])]).astype(np.int64),
+            table["source"].to_numpy()[has_tokens].astype(np.int64),
+            table["notes"].to_numpy()[has_tokens].astype(np.int64),
         )

@@ -5,6 +5,7 @@ it came from (`WHERE`); Parquet, hub data and a caller's own `Dataset` keep thei
 `Source.decode` turns a batch of either into dictionaries.
 """
 
+import dataclasses
 import glob
 import hashlib
 import json
@@ -19,7 +20,7 @@ import pyarrow
 import pyarrow.parquet
 
 from halfbyte.checkpoint.publish import sha256
-from halfbyte.data.files import READERS, Row, check_regular, read_file, read_objects
+from halfbyte.data.files import READERS, Broken, Row, check_regular, read_file, read_objects
 from halfbyte.errors import DataError
 
 ROW = "halfbyte_row"
@@ -46,18 +47,26 @@ class Source:
         rows: The rows; JSON text in `ROW` and `WHERE`, or columns of their own.
         title: What they are called in messages.
         fingerprint: Equal for equal content; the key of the token cache.
+        broken: Rows that could not be read and are left out, and files without any row.
+        firsts: Number of the first row of each file.
     """
 
     rows: datasets.Dataset
     title: str
     fingerprint: str
+    broken: tuple[Broken, ...] = ()
+    firsts: tuple[int, ...] = (0,)
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def first(self) -> dict[str, Any]:
         """Return the first row."""
-        return next(decode(self.rows[:1], [0]))[1]
+        return self.row(0)[1]
+
+    def row(self, number: int) -> tuple[str, dict[str, Any]]:
+        """Return where row `number` (from 0) comes from, and the row."""
+        return next(decode(self.rows[number : number + 1], [number]))
 
 
 def decode(
@@ -101,7 +110,12 @@ def from_rows(rows: Sequence[Mapping[str, Any]] | datasets.Dataset) -> Source:
 
 
 def load_source(
-    path: str, *, name: str | None = None, split: str | None = None, cache_dir: str | None = None
+    path: str,
+    *,
+    name: str | None = None,
+    split: str | None = None,
+    cache_dir: str | None = None,
+    skip_broken: bool = False,
 ) -> Source:
     """Return the rows of a file, folder, glob or hub data set.
 
@@ -111,6 +125,7 @@ def load_source(
         split: `train`, `train_sft[:5000]`, `train[:1%]`, `train[:10]+train[-10:]`. Without one,
             `train` where there are several.
         cache_dir: Where Parquet and hub data are unpacked; the `datasets` cache by default.
+        skip_broken: Leave out what cannot be read, and say so in `Source.broken`.
 
     Raises:
         DataError: nothing is there, it cannot be read, or it has no such split.
@@ -118,6 +133,8 @@ def load_source(
     if Path(path).exists() or glob.has_magic(path):
         files = _choose_split(_find_files(path), split)
         source = _load_files(files, path, cache_dir)
+        if source.broken and not skip_broken:
+            raise source.broken[0].error()
         return _sliced(source, split) if split else source
     if path.startswith((".", "/", "~")) or path.count("/") > 1 or Path(path).suffix in SUFFIXES:
         raise DataError(
@@ -173,7 +190,7 @@ def _load_files(files: list[Path], title: str, cache_dir: str | None) -> Source:
             f"{title} mixes Parquet with other files", hint="name one kind, e.g. folder/*.parquet"
         )
     if not parquet:
-        return _from_json([row for file in files for row in read_file(file)], title)
+        return _from_files(files, title)
     for file in parquet:
         check_regular(file)
         try:
@@ -188,6 +205,24 @@ def _load_files(files: list[Path], title: str, cache_dir: str | None) -> Source:
         raise DataError(f"{title} has no rows")
     digest = hashlib.sha256("".join(sha256(file) for file in parquet).encode()).hexdigest()
     return Source(rows, title, digest)
+
+
+def _from_files(files: list[Path], title: str) -> Source:
+    rows: list[Row] = []
+    broken: list[Broken] = []
+    firsts = []
+    for file in files:
+        first = len(rows)
+        try:
+            for row in read_file(file):
+                rows.append(row) if isinstance(row, Row) else broken.append(row)
+        except DataError as error:
+            if len(files) == 1:
+                raise
+            broken.append(Broken.of(file.name, error))
+        if len(rows) > first:
+            firsts.append(first)
+    return dataclasses.replace(_from_json(rows, title), broken=tuple(broken), firsts=tuple(firsts))
 
 
 def _from_json(rows: list[Row], title: str) -> Source:
@@ -218,7 +253,8 @@ def _sliced(source: Source, split: str) -> Source:
     if not indices:
         raise DataError(f"the split {split!r} of {source.title} has no rows")
     fingerprint = hashlib.sha256(f"{source.fingerprint} {split}".encode()).hexdigest()
-    return Source(source.rows.select(indices), source.title, fingerprint)
+    rows = source.rows.select(indices)
+    return dataclasses.replace(source, rows=rows, fingerprint=fingerprint, firsts=(0,))
 
 
 def _load_hub(path: str, name: str | None, split: str | None, cache_dir: str | None) -> Source:

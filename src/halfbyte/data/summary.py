@@ -5,9 +5,20 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from rich.console import Group
 from rich.table import Table
 
+from halfbyte.data.findings import Finding
+from halfbyte.data.notes import Note
+
 PERCENTILES = (50, 90, 95, 99, 100)
+COUNTED_NOTES = (
+    Note.EOS_APPENDED,
+    Note.REWRITTEN,
+    Note.SPECIAL_TEXT,
+    Note.SPECIAL_TOKEN,
+    Note.NO_STOP,
+)
 
 
 @dataclass(frozen=True)
@@ -19,7 +30,9 @@ class SplitSummary:
     """
 
     rows_read: int
-    """Rows in the source."""
+    """Rows in the source that could be read."""
+    unreadable_rows: int
+    """Left out: they could not be read, or not be made into tokens."""
     rows: int
     """Rows that are trained on."""
     total_tokens: int
@@ -64,6 +77,7 @@ class Summary:
         stop: The stop token of the chat template, if it is a conversation.
         seconds: Time that preparing took.
         from_cache: Whether the tokens were already there.
+        findings: What the audit found.
     """
 
     train: SplitSummary
@@ -73,13 +87,17 @@ class Summary:
     stop: str | None
     seconds: float
     from_cache: bool
+    findings: tuple[Finding, ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
         """Return plain values, for JSON."""
         return asdict(self)
 
-    def __rich__(self) -> Table:
-        """Return a table of the counts that are not zero."""
+    def __rich__(self) -> Group:
+        """Return a table of the counts that are not zero, and the findings."""
+        return Group(self._table(), *self.findings)
+
+    def _table(self) -> Table:
         table = Table(title=f"data ({self.format})", title_justify="left")
         table.add_column("")
         splits = [("train", self.train)] + ([("eval", self.eval)] if self.eval else [])
@@ -112,6 +130,7 @@ def length_percentiles(lengths: NDArray[np.int64]) -> dict[int, int]:
 _ALWAYS = frozenset({"rows_read", "rows", "total_tokens", "supervised_tokens"})
 _LABELS = {
     "rows_read": "rows read",
+    "unreadable_rows": "left out: not readable",
     "rows": "rows",
     "total_tokens": "tokens",
     "supervised_tokens": "learned tokens",

@@ -1,4 +1,7 @@
-"""Source rows to rows of tokens, on all cores, kept for the next time.
+"""Source rows to rows of tokens and what is remarkable about them, on all cores, kept.
+
+One pass finds every row that cannot be read or masked; the row is then without tokens, and says
+why. What the audit needs to know of a row's text is noted in the same pass.
 
 The cache's key is made of everything that the tokens depend on: the content of the rows, the
 tokenizer, the template, the layout and what is learned. Length limits, packing and the seed come
@@ -19,14 +22,18 @@ import datasets
 import pyarrow
 from transformers import PreTrainedTokenizerBase
 
-from halfbyte.data.chat import ChatEncoder
-from halfbyte.data.formats import Layout
+from halfbyte.data.chat import ChatEncoder, Encoded
+from halfbyte.data.content import content_notes, text_of
+from halfbyte.data.facts import Facts, origin_of
+from halfbyte.data.formats import Example, Layout
+from halfbyte.data.notes import Note
 from halfbyte.data.rows import TokenRows
+from halfbyte.data.similar import DRAWERS, signatures
 from halfbyte.data.sources import Source, decode
 from halfbyte.errors import DataError
 
 # Raise it whenever the same input gives other tokens or labels than before.
-CACHE_VERSION = 1
+CACHE_VERSION = 2
 ROWS_PER_PROCESS = 2_500
 BATCH_ROWS = 500
 _FEATURES = datasets.Features(
@@ -35,8 +42,14 @@ _FEATURES = datasets.Features(
         "labels": datasets.List(datasets.Value("int32")),
         "source": datasets.Value("int64"),
         "notes": datasets.Value("int64"),
+        "error": datasets.Value("string"),
+        "hint": datasets.Value("string"),
+        "origin": datasets.Value("string"),
+        "signature": datasets.List(datasets.Value("uint32"), length=DRAWERS),
     }
 )
+
+_NO_TOKENS = Encoded([], [])
 
 
 def tokenize(
@@ -47,8 +60,8 @@ def tokenize(
     num_proc: int | None = None,
     cache_dir: str | None = None,
     progress: bool | None = None,
-) -> tuple[TokenRows, bool]:
-    """Return the rows of tokens of a source, and whether they came from the cache.
+) -> tuple[TokenRows, Facts, bool]:
+    """Return the rows of tokens of a source, facts of each of its rows, and if they were cached.
 
     Args:
         source: Rows.
@@ -59,7 +72,7 @@ def tokenize(
         progress: Show a bar; by default where stderr is a terminal.
 
     Raises:
-        DataError: a row cannot be read or encoded, or the cache cannot be written.
+        DataError: the cache cannot be used.
     """
     key = cache_key(source, layout, encoder)
     folder = Path(cache_dir or Path(datasets.config.HF_DATASETS_CACHE) / "halfbyte") / key
@@ -81,7 +94,7 @@ def tokenize(
                 new_fingerprint=key,
                 desc=f"Tokenizing {source.title}",
             )
-        return TokenRows.from_dataset(tokens), was_there
+        return TokenRows.from_dataset(tokens), Facts.from_dataset(tokens), was_there
     except (OSError, pyarrow.ArrowInvalid) as error:
         raise DataError(f"the token cache {folder} cannot be used: {error}", hint=hint) from error
 
@@ -92,16 +105,45 @@ def tokenize_batch(
     encoder: ChatEncoder,
     layout: Layout,
 ) -> dict[str, list[Any]]:
-    """Return the columns of the rows of tokens of one batch of source rows."""
-    examples = [(where, layout.read(row, where)) for where, row in decode(batch, indices)]
+    """Return the columns of the rows of tokens of one batch of source rows.
+
+    A source row without tokens (it is broken, or teaches nothing) is one row of no tokens.
+    """
+    rows = list(decode(batch, indices))
+    examples = [_attempt(layout, row, where) for where, row in rows]
+    readable = [
+        (where, example)
+        for (where, _), example in zip(rows, examples, strict=True)
+        if isinstance(example, Example)
+    ]
+    encoded = iter(encoder.encode_each(readable))
+    texts = [text_of(example) if isinstance(example, Example) else "" for example in examples]
     columns: dict[str, list[Any]] = {name: [] for name in _FEATURES}
-    for index, rows in zip(indices, encoder.encode(examples), strict=True):
-        for row in rows:
-            columns["input_ids"].append(row.input_ids)
-            columns["labels"].append(row.labels)
+    for index, (_, row), example, signature in zip(
+        indices, rows, examples, signatures(texts), strict=True
+    ):
+        notes = Note.NONE
+        result: Example | list[Encoded] | DataError = example
+        if isinstance(example, Example):
+            notes, result = content_notes(example, encoder.known), next(encoded)
+        error = result if isinstance(result, DataError) else None
+        for tokens in (result if isinstance(result, list) else []) or [_NO_TOKENS]:
+            columns["input_ids"].append(tokens.input_ids)
+            columns["labels"].append(tokens.labels)
             columns["source"].append(index)
-            columns["notes"].append(int(row.notes))
+            columns["notes"].append(int(tokens.notes | notes))
+            columns["error"].append(error and error.message)
+            columns["hint"].append(error and error.hint)
+            columns["origin"].append(origin_of(row))
+            columns["signature"].append(signature)
     return columns
+
+
+def _attempt(layout: Layout, row: Mapping[str, Any], where: str) -> Example | DataError:
+    try:
+        return layout.read(row, where)
+    except DataError as error:
+        return error
 
 
 def cache_key(source: Source, layout: Layout, encoder: ChatEncoder) -> str:

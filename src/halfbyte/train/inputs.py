@@ -9,8 +9,9 @@ import numpy as np
 from datasets import Dataset
 
 from halfbyte.data.config import DataConfig
+from halfbyte.data.gather import InMemory
 from halfbyte.data.loader import row_lengths
-from halfbyte.data.prepare import InMemory, prepare
+from halfbyte.data.prepare import prepare
 from halfbyte.data.summary import Summary
 
 Data: TypeAlias = str | Path | DataConfig | Dataset | list[dict[str, Any]]
