@@ -162,7 +162,12 @@ def cache_key(source: Source, layout: Layout, encoder: ChatEncoder) -> str:
 
 def tokenizer_key(tokenizer: PreTrainedTokenizerBase) -> str:
     """Return the SHA-256 of what a tokenizer does to text."""
-    parts = [tokenizer.backend_tokenizer.to_str(), tokenizer.special_tokens_map]
+    special = {
+        name: token
+        for name, token in tokenizer.special_tokens_map.items()
+        if name != "pad_token"  # no row has padding
+    }
+    parts = [tokenizer.backend_tokenizer.to_str(), special]
     return hashlib.sha256(json.dumps(parts, default=str).encode()).hexdigest()
 
 

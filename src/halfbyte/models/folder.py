@@ -10,14 +10,19 @@ from huggingface_hub import snapshot_download
 
 from halfbyte.errors import CheckpointError
 
-_READ = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
+_DESCRIBED = ("*.json", "*.model", "*.txt", "*.jinja")
+_READ = (*_DESCRIBED, "*.safetensors")
 # Second copies of the weights, in folders or formats of their makers.
 _IGNORED = ("*/*", "consolidated*.safetensors")
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
 def find_folder(
-    name_or_path: str | Path, *, revision: str | None = None, token: str | None = None
+    name_or_path: str | Path,
+    *,
+    revision: str | None = None,
+    token: str | None = None,
+    with_weights: bool = True,
 ) -> Path:
     """Return the folder of the model called `name_or_path`, downloading it if it is not here.
 
@@ -25,6 +30,7 @@ def find_folder(
         name_or_path: A folder, or a name on the hub such as `Qwen/Qwen3-8B`.
         revision: Branch, tag or commit on the hub.
         token: Access token for the hub; by default the one that is logged in.
+        with_weights: Without, only what describes the model and its tokenizer is downloaded.
 
     Raises:
         CheckpointError: there is no such folder, and the hub has or gives no such model.
@@ -45,7 +51,7 @@ def find_folder(
             name,
             revision=revision,
             token=token,
-            allow_patterns=list(_READ),
+            allow_patterns=list(_READ if with_weights else _DESCRIBED),
             ignore_patterns=list(_IGNORED),
         )
     except (OSError, ValueError) as error:
