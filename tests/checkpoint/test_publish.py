@@ -127,10 +127,12 @@ def test_case_71_a_full_disk_leaves_the_old_one(tmp_path):
 
 
 @pytest.mark.parametrize("call", range(1, 9))
-def test_case_70_a_kill_at_any_step_leaves_the_old_or_the_new_one(tmp_path, call):
+@pytest.mark.parametrize("swaps", [True, False])
+def test_case_70_a_kill_at_any_step_leaves_the_old_or_the_new_one(tmp_path, call, swaps):
     make(tmp_path / "out", "old")
     script = """
         import os, pathlib, signal, sys
+        from halfbyte.checkpoint import publish as module
         from halfbyte.checkpoint.publish import publish
         calls = 0
         def dying(function):
@@ -143,10 +145,11 @@ def test_case_70_a_kill_at_any_step_leaves_the_old_or_the_new_one(tmp_path, call
             return call
         os.fsync = dying(os.fsync)
         pathlib.Path.rename = dying(pathlib.Path.rename)
+        module._exchanged = dying(module._exchanged if sys.argv[3] == "True" else lambda *_: False)
         with publish(pathlib.Path(sys.argv[1]), overwrite=True) as partial:
             (partial / "weights").write_text("new")
     """
-    result = run(script, tmp_path / "out", call)
+    result = run(script, tmp_path / "out", call, swaps)
     final = tmp_path / "out"
     if final.exists():
         verify(final)
@@ -154,6 +157,7 @@ def test_case_70_a_kill_at_any_step_leaves_the_old_or_the_new_one(tmp_path, call
         assert (final / "weights").read_text() in whole
     else:
         # Between the two renames the old one lies beside its place, whole.
+        assert not swaps
         assert result.returncode == -signal.SIGKILL
         (old,) = tmp_path.glob(".out.*.old")
         verify(old)
@@ -174,6 +178,7 @@ def run(script, *arguments):
         lambda folder: (folder / MANIFEST).write_text("{"),
         lambda folder: (folder / MANIFEST).write_text("[]"),
         lambda folder: (folder / MANIFEST).write_text('{"version": 1}'),
+        lambda folder: (folder / MANIFEST).write_text('{"version": 1, "files": []}'),
     ],
 )
 def test_cases_7_and_74_damage_is_found(tmp_path, damage):

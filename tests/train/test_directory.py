@@ -17,6 +17,7 @@ from halfbyte.train.directory import (
     keep_newest,
     locked,
     remove_checkpoint,
+    remove_leftovers,
     replacing,
     write_json,
 )
@@ -78,12 +79,16 @@ def test_keeps_the_newest(tmp_path):
     assert names(tmp_path) == ["checkpoint-3"]
 
 
-def test_removes_nothing_while_the_newest_is_damaged(tmp_path):
+@pytest.mark.parametrize(
+    ("damaged", "kept"), [([3], [2, 3]), ([3, 2], [1, 2, 3]), ([3, 2, 1], [1, 2, 3])]
+)
+def test_case_82_the_only_valid_one_is_never_removed(tmp_path, damaged, kept):
     for step in (1, 2, 3):
         make_checkpoint(tmp_path, step)
-    (tmp_path / "checkpoint-3" / "state.json").write_text("?!")
+    for step in damaged:
+        (tmp_path / f"checkpoint-{step}" / "state.json").write_text("?!")
     keep_newest(tmp_path, 1)
-    assert names(tmp_path) == ["checkpoint-1", "checkpoint-2", "checkpoint-3"]
+    assert names(tmp_path) == [f"checkpoint-{step}" for step in kept]
 
 
 def test_no_limit_keeps_all(tmp_path):
@@ -107,7 +112,7 @@ remove_checkpoint(Path(sys.argv[1]))
     command = [sys.executable, "-c", script, str(tmp_path / "checkpoint-1")]
     assert subprocess.run(command, check=False).returncode == 9
     assert [step for step, _ in checkpoints(tmp_path)] == [2]
-    claim(tmp_path, overwrite=False, resume=True)
+    remove_leftovers(tmp_path)
     assert names(tmp_path) == ["checkpoint-2"]
 
 

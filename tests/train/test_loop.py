@@ -93,16 +93,19 @@ def test_tells_its_listeners_in_order(make_lora, tokenizer, rows_of, settings):
         eval_data=rows_of([9]),
         listeners=[events.append],
     )
-    assert kinds(events) == [
+    saved = [event for event in events if isinstance(event, CheckpointSaved)]
+    assert [event.step for event in saved] == [2, 4]
+    rest = [event for event in events if event not in saved]  # writing has its own pace
+    assert kinds(rest) == [
         TrainingStarted,
         Evaluated,
-        *(StepFinished, StepFinished, Evaluated, CheckpointSaved),
-        *(StepFinished, StepFinished, CheckpointSaved, Evaluated),
+        *(StepFinished, StepFinished, Evaluated),
+        *(StepFinished, StepFinished, Evaluated),
         TrainingFinished,
     ]
     assert events[0].train_rows == 10
     assert events[0].trainable_parameters == 8192
-    assert events[-1].result.eval_loss == events[-2].loss
+    assert events[-1].result.eval_loss == rest[-2].loss
 
 
 def test_epochs_become_steps_and_every_row_is_seen(make_lora, tokenizer, rows_of, settings):

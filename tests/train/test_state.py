@@ -1,22 +1,25 @@
 """A run that is stopped and resumed ends with the same bits as one that was not."""
 
+import contextlib
 import json
 import os
 import resource
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
 import torch
+from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from halfbyte.checkpoint.publish import write_manifest
 from halfbyte.data.config import DataConfig
-from halfbyte.errors import CheckpointError, ConfigError
+from halfbyte.errors import AdapterError, CheckpointError, ConfigError, TrainingError
 from halfbyte.train import state as state_module
 from halfbyte.train.config import TrainConfig
-from halfbyte.train.events import Notice, StepFinished
+from halfbyte.train.events import Notice, StepFinished, StepSkipped
 from halfbyte.train.loop import train
 
 LENGTHS = [5, 9, 12, 7, 20, 6, 8, 11, 4, 15, 5]
@@ -43,7 +46,7 @@ def settings(out, **changes):
 
 def kill_at(step):
     def listen(event):
-        if isinstance(event, StepFinished) and event.step == step:
+        if isinstance(event, StepFinished | StepSkipped) and event.step == step:
             raise Killed  # after the update, before the checkpoint of this step
 
     return listen
@@ -195,7 +198,7 @@ def test_checkpoint_of_a_newer_version_names_both(run):
     content = json.loads(path.read_text())
     path.write_text(json.dumps({**content, "version": 9}))
     write_manifest(path.parent)
-    with pytest.raises(CheckpointError, match="version 9, this Halfbyte reads version 1"):
+    with pytest.raises(CheckpointError, match="version 9, this Halfbyte reads version 2"):
         run("cut", resume_from_checkpoint=str(path.parent))
 
 
@@ -331,46 +334,140 @@ def test_optimizer_state_of_other_shape_is_refused(run):
         run("cut", resume_from_checkpoint="auto")
 
 
-def test_full_disk_keeps_the_checkpoint_before(run, whole, monkeypatch, tmp_path):
+def checkpoints_in(out):
+    return sorted(path.name for path in out.iterdir() if "checkpoint" in path.name)
+
+
+def notices_in(events):
+    return [event.message for event in events if isinstance(event, Notice)]
+
+
+def test_case_71_disk_full_for_a_while_is_told_and_tried_again(run, whole, monkeypatch):
     saved = state_module.save_file
-    calls = []
+    calls, events = [], []
 
     def full(*args, **options):
         calls.append(args)
-        if len(calls) == 3:
+        if len(calls) in (3, 4):
             raise OSError(28, "No space left on device")
         saved(*args, **options)
 
-    monkeypatch.setattr(state_module, "save_file", full)
-    with pytest.raises(CheckpointError, match="No space left on device"):
-        run("cut")
-    out = tmp_path / "cut"
-    monkeypatch.undo()
-    assert sorted(path.name for path in out.iterdir() if "checkpoint" in path.name) == [
-        "checkpoint-1",
-        "checkpoint-2",
-    ]
     expected = whole()
-    assert adapter(run("cut", resume_from_checkpoint="auto")) == expected
+    monkeypatch.setattr(state_module, "save_file", full)
+    out = run("cut", listeners=[events.append])
+    assert adapter(out) == expected
+    assert checkpoints_in(out) == [f"checkpoint-{step}" for step in (1, 2, 5, 6, 7)]
+    failures = [text for text in notices_in(events) if "No space left" in text]
+    assert len(failures) == 2
+    assert "the next save tries again" in failures[0]
 
 
-@pytest.mark.parametrize("limit", [3_000, 20_000, 60_000])
-def test_files_that_may_not_grow_keep_the_checkpoint_before(run, whole, limit, tmp_path):
-    """A real refusal by the system, wherever in the files it comes."""
+def test_case_71_disk_full_when_a_signal_wants_to_save_is_an_error(run, monkeypatch):
+    def full(*args, **options):
+        raise OSError(28, "No space left on device")
+
+    def fill(event):
+        if isinstance(event, StepFinished) and event.step == 3:
+            monkeypatch.setattr(state_module, "save_file", full)
+            signal.raise_signal(signal.SIGTERM)
+
+    with pytest.raises(CheckpointError, match="No space left on device"):
+        run("cut", listeners=[fill], save_steps=2)
+
+
+@pytest.mark.parametrize(("limit", "ends"), [(3_000, False), (20_000, False), (60_000, True)])
+def test_case_71_files_that_may_not_grow_keep_the_checkpoint_before(run, whole, limit, ends):
+    """A real refusal by the system, wherever in the files it comes; the last one takes no
+    checkpoint, but still the adapter.
+    """
 
     def refuse(event):
         if isinstance(event, StepFinished) and event.step == 3:
             resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
 
+    expected = whole()
+    refused = pytest.raises(CheckpointError, match=r"failed: .*(too large|os error 27)")
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    out = run("cut", kill=3)
     try:
-        with pytest.raises(CheckpointError, match=r"failed: .*(too large|os error 27)"):
-            run("cut", listeners=[refuse])
+        with contextlib.nullcontext() if ends else refused:
+            run("cut", listeners=[refuse], resume_from_checkpoint="auto")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    names = sorted(path.name for path in (tmp_path / "cut").iterdir() if "checkpoint" in path.name)
-    assert names == ["checkpoint-1", "checkpoint-2"]
-    assert adapter(run("cut", resume_from_checkpoint="auto")) == whole()
+    assert checkpoints_in(out) == ["checkpoint-1", "checkpoint-2"]
+    assert adapter(run("cut", resume_from_checkpoint="auto")) == expected
+
+
+def test_case_83_a_poisoned_adapter_is_never_published(make_lora, tokenizer, rows_of, tmp_path):
+    """What the writing thread finds wrong ends the run."""
+    model = make_lora()
+    parameter = next(p for p in model.parameters() if p.requires_grad)
+
+    def poison(event):
+        if isinstance(event, StepFinished) and event.step == 3:
+            parameter.data[0, 0] = float("inf")
+
+    with pytest.raises((AdapterError, TrainingError)):
+        train(model, tokenizer, rows_of(LENGTHS), settings(tmp_path / "out"), listeners=[poison])
+    assert checkpoints_in(tmp_path / "out") == ["checkpoint-1", "checkpoint-2"]
+
+
+def poisoned_base(make_llama):
+    """A model for which every row with the token 96 is NaN."""
+    base = make_llama()
+    with torch.no_grad():
+        base.get_input_embeddings().weight[96] = float("nan")
+    return base
+
+
+@pytest.mark.parametrize("kill", [None, 2, 4, 5])
+def test_case_61_skipped_steps_are_counted_and_resume_to_the_same_bits(
+    kill, make_llama, make_lora, tokenizer, tmp_path, undisturbed
+):
+    rows = [[3 + (i * j) % 40 for j in range(6 + i % 3)] for i in range(14)]
+    rows[5][3] = 96
+    data = Dataset.from_dict({"input_ids": rows, "labels": rows})
+    out = tmp_path / "out"
+
+    def start(*listeners, **changes):
+        model = make_lora(lora_dropout=0.2, base=poisoned_base(make_llama))
+        config = settings(out, max_skipped_steps=2, **changes)
+        train(model, tokenizer, data, config, listeners=listeners)
+
+    skipped = []
+
+    def listen(event):
+        if isinstance(event, StepSkipped):
+            skipped.append((event.step, event.skipped_steps))
+            assert 5 in event.rows
+            assert "row" in event.reason
+
+    if kill:
+        with pytest.raises(Killed):
+            start(listen, kill_at(kill))
+        start(listen, resume_from_checkpoint="auto")
+    else:
+        start(listen)
+    assert {step for step, _ in skipped} == {2, 5}  # the row comes once in an epoch of 4 steps
+    assert skipped[-1] == (5, 2)
+    key = "skipped"
+    assert adapter(out) == undisturbed.setdefault(key, adapter(out))
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert [(line["step"], line["event"]) for line in lines if line["step"] in (2, 5)] == [
+        (2, "skipped_step"),
+        (5, "skipped_step"),
+    ]
+
+
+def test_case_61_more_skipped_steps_than_allowed_end_the_run(
+    make_llama, make_lora, tokenizer, tmp_path
+):
+    rows = [[3, 4, 5, 96 if i in (2, 9) else 6] for i in range(12)]
+    data = Dataset.from_dict({"input_ids": rows, "labels": rows})
+    model = make_lora(base=poisoned_base(make_llama))
+    config = settings(tmp_path / "out", max_skipped_steps=1, gradient_accumulation_steps=1)
+    with pytest.raises(TrainingError, match=r"row.* (3|10)\b.* of the data; nothing was updated"):
+        train(model, tokenizer, data, config)
 
 
 def test_moved_run_resumes(run, whole, tmp_path):

@@ -5,6 +5,7 @@ from accelerate import tracking
 
 from halfbyte.errors import ConfigError
 from halfbyte.train.config import TrainConfig
+from halfbyte.train.events import Notice
 from halfbyte.train.loop import train
 from halfbyte.train.trackers import make_trackers
 
@@ -54,15 +55,41 @@ def test_tracker_sees_the_whole_run(make_lora, tokenizer, rows_of, tmp_path, mon
     assert "eval/loss" in Recorder.calls[5][1]
 
 
-def test_missing_package_says_what_to_install(monkeypatch, tmp_path):
+def test_missing_package_says_what_to_install(monkeypatch, tmp_path, make_lora, tokenizer, rows_of):
     class Missing(Recorder):
         def start(self):
             raise ModuleNotFoundError("No module named 'wandb'")
 
     monkeypatch.setitem(tracking.LOGGER_TYPE_TO_CLASS, "wandb", Missing)
+    config = TrainConfig(output_dir=str(tmp_path / "out"), report_to="wandb", disable_tqdm=True)
     with pytest.raises(ConfigError, match=r"(?s)wandb needs a package.*hint: pip install wandb"):
-        make_trackers(TrainConfig(output_dir=str(tmp_path), report_to="wandb"), "run")
+        train(make_lora(), tokenizer, rows_of([9, 5]), config)
+
+
+@pytest.mark.parametrize("failing", ["start", "store_init_configuration", "log", "finish"])
+def test_tracker_that_fails_ends_no_run(
+    failing, make_lora, tokenizer, rows_of, tmp_path, monkeypatch
+):
+    def fail(*args, **kwargs):
+        raise ConnectionError("no route to host")
+
+    tracker = type("Failing", (Recorder,), {failing: fail})
+    monkeypatch.setitem(tracking.LOGGER_TYPE_TO_CLASS, "wandb", tracker)
+    config = TrainConfig(
+        output_dir=str(tmp_path / "out"), max_steps=6, report_to="wandb", disable_tqdm=True
+    )
+    notices = []
+
+    def listen(event):
+        if isinstance(event, Notice):
+            notices.append(event.message)
+
+    result = train(make_lora(), tokenizer, rows_of([9, 5]), config, listeners=[listen])
+    assert result.steps == 6
+    assert "the tracker wandb failed; training goes on" in notices[0]
+    assert "no route to host" in notices[0]
+    assert len(notices) == (2 if failing == "log" else 1)
 
 
 def test_no_tracker_by_default(tmp_path):
-    assert make_trackers(TrainConfig(output_dir=str(tmp_path)), "run") == []
+    assert make_trackers(TrainConfig(output_dir=str(tmp_path)), "run", print) == []

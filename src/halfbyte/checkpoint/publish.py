@@ -2,13 +2,15 @@
 
 Files are written into a hidden directory beside the final one, synced, listed in a manifest with
 sizes and SHA-256, and renamed into place; the parent directory is synced last. A crash at any
-moment leaves the old directory or the new one, never a mixture.
+moment leaves the old directory or the new one, never a mixture. (Where two directories cannot be
+swapped in one step, the old one has another name, `.<name>.<unique>.old`, for a moment.)
 
 What takes long is published resumably: the hidden directory then has one name for each final one,
 and a journal in it lists what is whole. After a crash the next call finds both and goes on.
 """
 
 import contextlib
+import ctypes
 import fcntl
 import hashlib
 import json
@@ -25,6 +27,8 @@ from halfbyte.errors import CheckpointError
 MANIFEST = "manifest.json"
 MANIFEST_VERSION = 1
 _CHUNK_BYTES = 1 << 22
+_AT_FDCWD = -100  # <fcntl.h>: paths are relative to the current directory
+_RENAME_EXCHANGE = 2  # <linux/fs.h>
 
 
 def _sync(path: Path) -> None:
@@ -76,19 +80,20 @@ def verify(directory: Path) -> None:
     again = "use an older checkpoint, or copy this one again from where it came"
     try:
         content = json.loads(manifest.read_text(encoding="utf-8"))
-        version, files = content["version"], content["files"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        version = content["version"]
+        if version != MANIFEST_VERSION:
+            raise CheckpointError(
+                f"{manifest} has version {version}, this Halfbyte reads version {MANIFEST_VERSION}",
+                hint="use the Halfbyte that wrote it",
+            )
+        files = {n: (entry["bytes"], entry["sha256"]) for n, entry in content["files"].items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{manifest} cannot be read: {error}", hint=again) from error
-    if version != MANIFEST_VERSION:
-        raise CheckpointError(
-            f"{manifest} has version {version}, this Halfbyte reads version {MANIFEST_VERSION}",
-            hint="use the Halfbyte that wrote it",
-        )
     for name, expected in files.items():
         path = directory / name
         if not path.is_file():
             raise CheckpointError(f"{path} is listed in the manifest but missing", hint=again)
-        if path.stat().st_size != expected["bytes"] or sha256(path) != expected["sha256"]:
+        if (path.stat().st_size, sha256(path)) != expected:
             raise CheckpointError(f"{path} differs from its checksum in the manifest", hint=again)
 
 
@@ -210,10 +215,22 @@ def _locked(directory: Path) -> Iterator[None]:
 
 def _put_in_place(partial: Path, final: Path) -> None:
     if final.exists():
-        old = final.parent / f".{final.name}.{uuid.uuid4().hex[:8]}.old"
-        final.rename(old)
-        partial.rename(final)
+        if _exchanged(partial, final):
+            old = partial
+        else:
+            old = final.parent / f".{final.name}.{uuid.uuid4().hex[:8]}.old"
+            final.rename(old)
+            partial.rename(final)
         shutil.rmtree(old, ignore_errors=True)
     else:
         partial.rename(final)
     _sync(final.parent)
+
+
+def _exchanged(first: Path, second: Path) -> bool:
+    """Swap two paths in one step; return whether the system and the file system can."""
+    renameat2 = getattr(ctypes.CDLL(None), "renameat2", None)  # Linux, since glibc 2.28
+    if renameat2 is None:
+        return False
+    paths = (_AT_FDCWD, os.fsencode(first), _AT_FDCWD, os.fsencode(second))
+    return bool(renameat2(*paths, _RENAME_EXCHANGE) == 0)

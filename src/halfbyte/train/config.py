@@ -73,6 +73,8 @@ class TrainConfig(BaseModel):
     """Added to the root of the second moment."""
     max_grad_norm: float = Field(default=1.0, ge=0)
     """Longer gradients are scaled down to this norm; 0 means never."""
+    max_skipped_steps: int = Field(default=0, ge=0)
+    """Steps with a NaN or Inf in loss or gradient that are left out before the run stops."""
 
     memory: Literal["auto", "lean", "fast"] = "auto"
     """On a GPU: spend what is free on saved activations, the least, or save all of them."""

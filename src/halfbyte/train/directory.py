@@ -87,13 +87,24 @@ def is_finished(directory: Path) -> bool:
     return run is not None and run.get("status") == "finished"
 
 
+def refuse_taken(directory: Path, *, overwrite: bool, resume: bool) -> None:
+    """Find, before anything is written, that the directory is another run's.
+
+    Raises:
+        ConfigError: a run is going on here; or an earlier one is here, and it is neither
+            overwritten nor resumed.
+    """
+    if directory.is_dir():
+        with locked(directory):
+            claim(directory, overwrite=overwrite, resume=resume)
+
+
 def claim(directory: Path, *, overwrite: bool, resume: bool) -> None:
-    """Make sure that no earlier run is lost or mixed with a new one; clean up after crashes.
+    """Make sure that no earlier run is lost or mixed with a new one.
 
     Raises:
         ConfigError: an earlier run is here, and it is neither overwritten nor resumed.
     """
-    remove_leftovers(directory)
     if overwrite or resume:
         return
     finished, saved = is_finished(directory), checkpoints(directory)
@@ -133,16 +144,21 @@ def remove_checkpoint(path: Path) -> None:
 
 
 def keep_newest(directory: Path, limit: int | None) -> None:
-    """Remove the oldest checkpoints beyond `limit`, but never unless the newest one is valid."""
-    found = checkpoints(directory)
+    """Remove the oldest checkpoints beyond `limit`, which counts from the newest valid one."""
+    found = [path for _, path in checkpoints(directory)]
     if limit is None or len(found) <= limit:
         return
-    try:
-        verify(found[0][1])
-    except CheckpointError:
-        return
-    for _, path in found[limit:]:
+    newest = next((i for i, path in enumerate(found) if _is_valid(path)), len(found))
+    for path in found[newest + limit :]:
         remove_checkpoint(path)
+
+
+def _is_valid(checkpoint: Path) -> bool:
+    try:
+        verify(checkpoint)
+    except (CheckpointError, OSError):
+        return False
+    return True
 
 
 @contextlib.contextmanager

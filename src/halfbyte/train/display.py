@@ -1,5 +1,6 @@
 """What a person sees of a run: a live panel in a terminal, plain lines everywhere else."""
 
+import contextlib
 import math
 from collections import deque
 from collections.abc import Sequence
@@ -16,6 +17,7 @@ from halfbyte.train.events import (
     Listener,
     Notice,
     StepFinished,
+    StepSkipped,
     TrainingFinished,
     TrainingStarted,
     TrainingStopped,
@@ -28,11 +30,26 @@ _RATE_WINDOW = 20  # steps that the shown tokens/s and time left are averaged ov
 
 
 def make_display(*, log_every: int, console: Console | None = None) -> Listener:
-    """Return a listener that draws on stderr: live in a terminal, else a line now and then."""
-    console = console or Console(stderr=True)
-    if console.is_terminal:
-        return LiveDisplay(console)
-    return Averaged(log_every, PlainLog(console))
+    """Return a listener that draws on stderr: live in a terminal, else a line now and then.
+
+    Nobody needs to be looking: a pipe that is closed or a full disk behind stderr ends no run.
+    """
+    console = console or QuietingConsole(stderr=True)
+    live = LiveDisplay(console) if console.is_terminal else PlainLog(console)
+
+    def listen(event: Event) -> None:
+        with contextlib.suppress(OSError):
+            live(event)
+
+    return listen if console.is_terminal else Averaged(log_every, listen)
+
+
+class QuietingConsole(Console):
+    """A console that falls silent when its reader goes away; rich's ends the process."""
+
+    def on_broken_pipe(self) -> None:
+        """Print no more."""
+        self.quiet = True
 
 
 def sparkline(values: Sequence[float], width: int = _SPARKLINE_WIDTH) -> str:
@@ -99,6 +116,9 @@ def _event_line(event: Event) -> str | None:
         return f"saved {event.path}"
     if isinstance(event, Notice):
         return f"note: {event.message}"
+    if isinstance(event, StepSkipped):
+        count = f"{event.skipped_steps} of at most {event.max_skipped_steps}"
+        return f"skipped step {event.step} ({count}): {event.reason}"
     if isinstance(event, TrainingStopped):
         return f"stopped: {event.reason}"
     if isinstance(event, TrainingFinished):

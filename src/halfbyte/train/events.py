@@ -60,6 +60,40 @@ class StepFinished:
 
 
 @dataclass(frozen=True)
+class StepSkipped:
+    """A step's loss or gradient was not finite, and the run goes on without it.
+
+    Attributes:
+        step: Steps done, this one included.
+        reason: What was not finite, and in which rows.
+        rows: Their numbers, from 0.
+        skipped_steps: Steps left out so far, this one included.
+        max_skipped_steps: How many may be.
+    """
+
+    step: int
+    reason: str
+    rows: tuple[int, ...]
+    skipped_steps: int
+    max_skipped_steps: int
+
+
+@dataclass(frozen=True)
+class MemoryShort:
+    """Memory ran out in a step, which then went through with less; so do the steps after it.
+
+    Attributes:
+        step: Steps done, this one included.
+        measures: What was given up, in order.
+        max_tokens: Most tokens in a micro-step from now on; None where none was cut.
+    """
+
+    step: int
+    measures: tuple[str, ...]
+    max_tokens: int | None
+
+
+@dataclass(frozen=True)
 class Evaluated:
     """The held-out rows were evaluated after `step` steps."""
 
@@ -73,7 +107,7 @@ class Evaluated:
 
 @dataclass(frozen=True)
 class CheckpointSaved:
-    """A checkpoint is whole and in its place."""
+    """A checkpoint is whole and in its place; `seconds` is how long that took, beside training."""
 
     step: int
     path: Path
@@ -129,6 +163,8 @@ class TrainingStopped:
 Event = (
     TrainingStarted
     | StepFinished
+    | StepSkipped
+    | MemoryShort
     | Evaluated
     | CheckpointSaved
     | Notice

@@ -20,6 +20,7 @@ _FREE_SETTINGS = {
     "output_dir",
     "overwrite_output_dir",
     "num_train_epochs",
+    "max_skipped_steps",
     "max_steps",
     "per_device_eval_batch_size",
     "memory",

@@ -5,8 +5,9 @@ masks belong to a step are pure functions of its number; what changes is the mod
 and `Progress`.
 """
 
+import contextlib
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,17 +16,26 @@ from torch import nn
 
 from halfbyte.adapters.io import restore_adapter
 from halfbyte.device import peak_bytes
-from halfbyte.errors import ConfigError
+from halfbyte.errors import CheckpointError, ConfigError, HalfbyteError
 from halfbyte.optim.schedule import learning_rate
 from halfbyte.train.config import TrainConfig
 from halfbyte.train.determinism import determinism
-from halfbyte.train.directory import RUN_FILE, claim, clear, keep_newest, locked, write_json
+from halfbyte.train.directory import (
+    RUN_FILE,
+    claim,
+    clear,
+    locked,
+    refuse_taken,
+    remove_leftovers,
+    write_json,
+)
 from halfbyte.train.evaluate import evaluate_rows
 from halfbyte.train.events import (
-    CheckpointSaved,
     Evaluated,
     Listener,
+    Notice,
     StepFinished,
+    StepSkipped,
     TrainingFinished,
     TrainingStopped,
     TrainResult,
@@ -34,8 +44,8 @@ from halfbyte.train.inputs import Data
 from halfbyte.train.result import describe_run, finished_result, write_result
 from halfbyte.train.run import Run, announce, assemble, restore
 from halfbyte.train.signals import Interrupted, Interruption
-from halfbyte.train.state import save_checkpoint
-from halfbyte.train.step import train_step
+from halfbyte.train.step import NonFiniteError, StepResult, train_step
+from halfbyte.train.writer import CheckpointWriter
 
 
 def train(
@@ -61,6 +71,7 @@ def train(
     Raises:
         ConfigError: there are no adapters, the settings do not fit the run or the directory.
         DataError: the data cannot be read, or would not train anything.
+        CheckpointError: the directory is gone, or at the end the disk does not take the result.
         TrainingError: loss or gradient is not finite; checkpoints are as they were.
         Interrupted: a signal came; the step was finished and a checkpoint saved.
     """
@@ -70,33 +81,52 @@ def train(
             f"expected a model with adapters, got a plain {type(model).__name__}",
             hint="model = halfbyte.add_lora(model, halfbyte.LoraConfig(r=16))",
         )
-    output_dir = Path(config.output_dir)
-    with locked(output_dir):
-        resume = config.resume_from_checkpoint
-        claim(output_dir, overwrite=config.overwrite_output_dir, resume=resume is not None)
+    with determinism(enabled=config.deterministic):
+        overwrite, resume = config.overwrite_output_dir, config.resume_from_checkpoint is not None
+        refuse_taken(Path(config.output_dir), overwrite=overwrite, resume=resume)
         run = assemble(model, tokenizer, data, eval_data, config)
         try:
-            if resume == "auto" and (result := finished_result(output_dir, run.identity)):
-                restore_adapter(model, output_dir, adapter=model.active_adapter)
-                return result
-            if config.overwrite_output_dir:
-                clear(output_dir)
-            return _train(run, listeners)
-        except BaseException as error:
-            run.tell(TrainingStopped(str(error) or type(error).__name__))
-            raise
+            with locked(run.output_dir), _telling_why(run):
+                claim(run.output_dir, overwrite=overwrite, resume=resume)
+                return _train(run, listeners)
         finally:
             run.optimizer.release()
             model.eval()
 
 
+@contextlib.contextmanager
+def _telling_why(run: Run) -> Iterator[None]:
+    """Tell the listeners of the error that ends the run, whatever becomes of the telling."""
+    try:
+        yield
+    except BaseException as error:
+        reason = error.message if isinstance(error, HalfbyteError) else str(error) or repr(error)
+        with contextlib.suppress(HalfbyteError):
+            run.tell(TrainingStopped(reason))
+        raise
+
+
 def _train(run: Run, listeners: Sequence[Listener]) -> TrainResult:
+    """Return the result that is there already, or make it."""
+    config, output_dir = run.config, run.output_dir
+    remove_leftovers(output_dir)
+    if config.resume_from_checkpoint == "auto":
+        result = finished_result(output_dir, run.identity)
+        if result is not None:
+            restore_adapter(run.model, output_dir, adapter=run.model.active_adapter)
+            return result
+    if config.overwrite_output_dir:
+        clear(output_dir)
+    return _do_steps(run, listeners)
+
+
+def _do_steps(run: Run, listeners: Sequence[Listener]) -> TrainResult:
     """Resume where that is asked for, do the remaining steps, and write the result."""
     config = run.config
     announce(run, listeners, restore(run))
     description = describe_run(run.model, run.inputs, config, run.identity)
     write_json(run.output_dir / RUN_FILE, description)
-    with determinism(enabled=config.deterministic), Interruption() as interruption:
+    with _writer(run) as writer, Interruption() as interruption:
         if config.eval_on_start and run.progress.step == 0:
             _evaluate(run, interruption)
         while run.progress.step < run.total_steps:
@@ -105,10 +135,14 @@ def _train(run: Run, listeners: Sequence[Listener]) -> TrainResult:
                 _evaluate(run, interruption)
             stop = interruption.signum
             if stop is not None or run.is_due(config.save_strategy, config.save_steps):
-                _save(run)
+                _tell_saved(run, writer, wait=True)
+                writer.save(run.progress)
             if stop is not None and not _is_last(run):
+                _tell_saved(run, writer, wait=True, must=True)
                 raise Interrupted(stop, run.progress.step, run.output_dir)
+            _tell_saved(run, writer)
         eval_loss = None if config.eval_strategy == "no" else _evaluate(run, interruption)
+        _tell_saved(run, writer, wait=True)
         result = _result(run, eval_loss)
         write_result(run.model, run.tokenizer, run.inputs, description, result)
     run.tell(TrainingFinished(result))
@@ -116,24 +150,46 @@ def _train(run: Run, listeners: Sequence[Listener]) -> TrainResult:
 
 
 def _step(run: Run) -> None:
-    """Do the next optimizer step."""
+    """Do the next optimizer step, or leave it out where it is not finite and that is allowed."""
     start = time.perf_counter()
     step = run.progress.step
     rate = learning_rate(step, run.total_steps, run.config)
-    result = train_step(
-        run.parts,
-        run.optimizer,
-        run.plan.step(*divmod(step, len(run.plan))),
-        step=step,
-        learning_rate=rate,
-        max_grad_norm=run.config.max_grad_norm,
-        seed=run.config.seed,
+    try:
+        result = train_step(
+            run.parts,
+            run.optimizer,
+            run.plan.step(*divmod(step, len(run.plan))),
+            step=step,
+            learning_rate=rate,
+            max_grad_norm=run.config.max_grad_norm,
+            seed=run.config.seed,
+        )
+    except NonFiniteError as error:
+        if run.progress.skipped_steps >= run.config.max_skipped_steps:
+            raise
+        _skip(run, error, time.perf_counter() - start)
+    else:
+        _advance(run, result, rate, time.perf_counter() - start)
+
+
+def _skip(run: Run, error: NonFiniteError, seconds: float) -> None:
+    run.progress = run.progress.after_skip(seconds)
+    run.tell(
+        StepSkipped(
+            step=run.progress.step,
+            reason=error.what,
+            rows=error.rows,
+            skipped_steps=run.progress.skipped_steps,
+            max_skipped_steps=run.config.max_skipped_steps,
+        )
     )
-    seconds = time.perf_counter() - start
+
+
+def _advance(run: Run, result: StepResult, rate: float, seconds: float) -> None:
     run.progress = run.progress.after(result, seconds)
     run.tell(
         StepFinished(
-            step=step + 1,
+            step=run.progress.step,
             total_steps=run.total_steps,
             epoch=run.epoch,
             loss=result.loss,
@@ -167,12 +223,39 @@ def _evaluate(run: Run, interruption: Interruption) -> float | None:
     return result.loss
 
 
-def _save(run: Run) -> None:
-    """Save a checkpoint, then remove the oldest ones."""
-    start = time.perf_counter()
-    path = save_checkpoint(run.output_dir, run.model, run.optimizer, run.progress, run.identity)
-    keep_newest(run.output_dir, run.config.save_total_limit)
-    run.tell(CheckpointSaved(run.progress.step, path, time.perf_counter() - start))
+def _writer(run: Run) -> CheckpointWriter:
+    return CheckpointWriter(
+        run.output_dir,
+        run.model,
+        run.optimizer,
+        run.identity,
+        steps_per_epoch=len(run.plan),
+        limit=run.config.save_total_limit,
+    )
+
+
+def _tell_saved(
+    run: Run, writer: CheckpointWriter, *, wait: bool = False, must: bool = False
+) -> None:
+    """Tell of the checkpoint whose writing ended.
+
+    A disk that does not take it is no reason to throw the training away: the next save tries again.
+
+    Args:
+        run: The run.
+        writer: Its writer.
+        wait: For the write in flight.
+        must: There is no next save: an error is an error.
+    """
+    try:
+        saved = writer.finished(wait=wait)
+    except CheckpointError as error:
+        if must or not run.output_dir.is_dir():
+            raise
+        run.tell(Notice(f"{error.message}; training goes on, and the next save tries again"))
+    else:
+        if saved is not None:
+            run.tell(saved)
 
 
 def _is_last(run: Run) -> bool:

@@ -1,18 +1,24 @@
 """Metrics as JSON lines, one object an event, and the averaging of steps between two records."""
 
 import dataclasses
+import errno
 import json
 import math
+import os
 import time
+import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from halfbyte.errors import CheckpointError
+from halfbyte.train.directory import disk_errors, replacing
 from halfbyte.train.events import (
     Evaluated,
     Event,
     Listener,
     StepFinished,
+    StepSkipped,
     TrainingFinished,
     TrainingStarted,
     TrainingStopped,
@@ -60,45 +66,68 @@ class Averaged:
 
 
 class MetricsFile:
-    """Appends steps and evaluations to a JSON lines file.
+    """Appends what can be counted to a JSON lines file.
+
+    A disk that does not take a line is told of once; the line is kept and tried again with the
+    next one. Where the directory is gone, so is the run's.
 
     Args:
         path: The file; lines of steps after `first_step` are removed from it, as they are done
             again.
         first_step: Steps that are already done.
+        warn: Called with what went wrong.
     """
 
-    def __init__(self, path: Path, *, first_step: int) -> None:
-        self._path = path
-        kept = [line for line in _lines(path) if json.loads(line)["step"] <= first_step]
-        path.write_text("".join(kept if first_step else ()), encoding="utf-8")
+    def __init__(
+        self, path: Path, *, first_step: int, warn: Callable[[str], None] = warnings.warn
+    ) -> None:
+        self._path, self._warn = path, warn
+        self._unwritten: list[bytes] = []
+        kept = [line for line in _lines(path) if first_step and _step_of(line) <= first_step]
+        with disk_errors(path), replacing(path) as temporary:
+            temporary.write_bytes(b"".join(kept))
 
     def __call__(self, event: Event) -> None:
-        """Append the event, if it is a step or an evaluation."""
+        """Append the event, if it is one that is recorded."""
         record = as_record(event)
-        if record is not None:
-            record["time"] = time.time()
-            line = json.dumps(record, allow_nan=False) + "\n"
-            try:
-                with self._path.open("a", encoding="utf-8") as file:
-                    file.write(line)
-            except OSError as error:
-                raise CheckpointError(
-                    f"writing {self._path} failed: {error.strerror}",
-                    hint="make room or mend the directory, then resume",
-                ) from error
+        if record is None:
+            return
+        record["time"] = time.time()
+        had_failed = bool(self._unwritten)
+        self._unwritten.append(json.dumps(record, allow_nan=False).encode() + b"\n")
+        try:
+            _append(self._path, b"".join(self._unwritten))
+        except OSError as error:
+            message = f"writing {self._path} failed: {error.strerror}"
+            if not self._path.parent.is_dir():
+                raise CheckpointError(message, hint="resume in a directory that stays") from error
+            if not had_failed:
+                self._warn(f"{message}; training goes on, and the lines are kept for later")
+        else:
+            self._unwritten.clear()
+
+
+_RECORDED = {StepFinished: "step", StepSkipped: "skipped_step", Evaluated: "evaluation"}
 
 
 def as_record(event: Event) -> dict[str, Any] | None:
-    """Return a step or an evaluation as plain JSON values, `None` for other events."""
-    if isinstance(event, StepFinished):
-        record = {"event": "step", **dataclasses.asdict(event)}
-        record["tokens_per_second"] = event.tokens_per_second
-    elif isinstance(event, Evaluated):
-        record = {"event": "evaluation", **dataclasses.asdict(event)}
-    else:
+    """Return an event that has a number as plain JSON values, `None` for other events."""
+    kind = _RECORDED.get(type(event))
+    if kind is None:
         return None
+    record = {"event": kind, **dataclasses.asdict(event)}
+    if isinstance(event, StepFinished):
+        record["tokens_per_second"] = event.tokens_per_second
     return {name: _finite(value) for name, value in record.items()}
+
+
+def _append(path: Path, content: bytes) -> None:
+    """Append all of `content` or nothing."""
+    with path.open("ab", buffering=0) as file:
+        start = file.tell()
+        if file.write(content) < len(content):
+            file.truncate(start)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def _finite(value: Any) -> Any:
@@ -106,12 +135,17 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _lines(path: Path) -> list[str]:
-    """Return the whole lines of a metrics file; a crash may have left a part of the last one."""
-    if not path.exists():
-        return []
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    return [line for line in lines if line.endswith("\n")]
+def _lines(path: Path) -> list[bytes]:
+    """Return the lines of a metrics file."""
+    return path.read_bytes().splitlines(keepends=True) if path.exists() else []
+
+
+def _step_of(line: bytes) -> float:
+    """Return a line's step; infinity where a crash left only a part of the line."""
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, TypeError, KeyError):
+        return math.inf
 
 
 def settings_of(event: TrainingStarted) -> dict[str, Any]:

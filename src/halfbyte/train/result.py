@@ -38,9 +38,14 @@ def describe_run(
         },
         "settings": config.model_dump(),
         "identity": dict(identity),
-        "versions": {name: importlib.metadata.version(name) for name in _PACKAGES}
-        | {"python": platform.python_version()},
+        "versions": versions(),
     }
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of what a run's bits depend on."""
+    found = {name: importlib.metadata.version(name) for name in _PACKAGES}
+    return found | {"python": platform.python_version()}
 
 
 def write_result(

@@ -72,6 +72,10 @@ class Run:
         for listener in self.listeners:
             listener(event)
 
+    def note(self, message: str) -> None:
+        """Tell the user something, once."""
+        self.tell(Notice(message))
+
     def steps_between(self, strategy: When, every: float | None) -> int:
         """Return a strategy's distance in steps, 0 for never."""
         if strategy == "epoch":
@@ -159,8 +163,8 @@ def announce(run: Run, listeners: Sequence[Listener], notices: Sequence[Notice])
     config, first_step = run.config, run.progress.step
     log_every = run.steps_between(config.logging_strategy, config.logging_steps)
     run_name = config.run_name or run.output_dir.resolve().name
-    metrics = MetricsFile(run.output_dir / METRICS_FILE, first_step=first_step)
-    recorders: list[Listener] = [metrics, *make_trackers(config, run_name)]
+    metrics = MetricsFile(run.output_dir / METRICS_FILE, first_step=first_step, warn=run.note)
+    recorders: list[Listener] = [metrics, *make_trackers(config, run_name, run.note)]
     run.listeners = [Averaged(log_every, recorder) for recorder in recorders]
     if not config.disable_tqdm:
         run.listeners.append(make_display(log_every=log_every))

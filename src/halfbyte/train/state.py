@@ -3,11 +3,13 @@
     checkpoint-<step>/
       adapter_model.safetensors, adapter_config.json   the adapter as peft loads it
       optimizer.safetensors    both moments by parameter; float32 masters of what is not float32
-      state.json               how far the run is, and its identity
+      state.json               how far the run is, where in the data, its identity, versions
+      rng.json                 the state of every generator
       manifest.json            size and SHA-256 of every file, written last
 
-The learning rate and the order of rows are pure functions of the step, and every generator is
-seeded from the seed and the step (halfbyte.train.rng), so `step` stands for all of them.
+The learning rate, the order of rows and how they are packed are pure functions of seed and step, so
+there is no other state of them to save; the identity holds a digest of rows and order, and a run
+whose own differ is not resumed.
 """
 
 import json
@@ -19,15 +21,18 @@ from typing import Any
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
-from halfbyte.adapters.io import restore_adapter, write_adapter
+from halfbyte.adapters.io import restore_adapter, write_tensors
 from halfbyte.checkpoint.publish import publish, verify
 from halfbyte.errors import CheckpointError
 from halfbyte.optim.adamw import AdamW
 from halfbyte.train.directory import checkpoints, disk_errors
+from halfbyte.train.host_copy import HostCopy
+from halfbyte.train.rng import restore_generators
 from halfbyte.train.step import StepResult
 
-STATE_VERSION = 1
+STATE_VERSION = 2
 _STATE_FILE = "state.json"
+_RNG_FILE = "rng.json"
 _OPTIMIZER_FILE = "optimizer.safetensors"
 
 
@@ -36,7 +41,7 @@ class Progress:
     """How far a run is.
 
     Attributes:
-        step: Optimizer steps done.
+        step: Optimizer steps done, those that were skipped too.
         loss_total: Sum of the losses of all supervised tokens so far.
         seconds: Spent in steps, over all parts of a resumed run.
     """
@@ -46,6 +51,16 @@ class Progress:
     supervised_tokens: int = 0
     loss_total: float = 0.0
     seconds: float = 0.0
+    skipped_steps: int = 0
+
+    def after_skip(self, seconds: float) -> "Progress":
+        """Return the progress after a step that was left out."""
+        return replace(
+            self,
+            step=self.step + 1,
+            seconds=self.seconds + seconds,
+            skipped_steps=self.skipped_steps + 1,
+        )
 
     def after(self, result: StepResult, seconds: float) -> "Progress":
         """Return the progress after one more step."""
@@ -68,25 +83,61 @@ class SavedState:
     identity: Mapping[str, Any]
 
 
-def save_checkpoint(
-    output_dir: Path,
-    model: PeftModel,
-    optimizer: AdamW,
+@dataclass(frozen=True)
+class Snapshot:
+    """What a checkpoint will hold, in host memory.
+
+    Attributes:
+        step: Optimizer steps done.
+        adapter: The adapter's tensors under peft's names.
+        optimizer: The optimizer's state.
+        description: The adapter's JSON files by name.
+        state: What stands in state.json.
+        generators: What stands in rng.json.
+    """
+
+    step: int
+    adapter: HostCopy
+    optimizer: HostCopy
+    description: Mapping[str, Mapping[str, Any]]
+    state: Mapping[str, Any]
+    generators: Mapping[str, Any]
+
+
+def describe_state(
     progress: Progress,
     identity: Mapping[str, Any],
-) -> Path:
+    *,
+    steps_per_epoch: int,
+    versions: Mapping[str, str],
+) -> dict[str, Any]:
+    """Return what state.json says."""
+    epoch, step = divmod(progress.step, steps_per_epoch)
+    return {
+        "version": STATE_VERSION,
+        "progress": asdict(progress),
+        "next_batch": {"epoch": epoch, "step": step},
+        "identity": dict(identity),
+        "versions": dict(versions),
+    }
+
+
+def write_checkpoint(output_dir: Path, snapshot: Snapshot) -> Path:
     """Publish `checkpoint-<step>` and return its path.
 
     Raises:
         CheckpointError: it cannot be written; what was there before is untouched.
+        AdapterError: the adapter holds NaN or Inf.
     """
-    folder = output_dir / f"checkpoint-{progress.step}"
+    folder = output_dir / f"checkpoint-{snapshot.step}"
+    if not output_dir.is_dir():
+        raise CheckpointError(f"{output_dir} is gone", hint="do not remove it while a run goes on")
     with publish(folder, overwrite=True) as partial, disk_errors(folder):
-        write_adapter(model, partial, adapter=model.active_adapter)
-        save_file(optimizer.state_dict(), partial / _OPTIMIZER_FILE, metadata={"format": "pt"})
-        content = {"version": STATE_VERSION, "progress": asdict(progress), "identity": identity}
-        text = json.dumps(content, indent=2, sort_keys=True)
-        (partial / _STATE_FILE).write_text(text + "\n", encoding="utf-8")
+        write_tensors(snapshot.adapter.wait(), snapshot.description, partial)
+        optimizer = snapshot.optimizer.wait()
+        save_file(optimizer, partial / _OPTIMIZER_FILE, metadata={"format": "pt"})
+        _write_json(partial / _STATE_FILE, snapshot.state)
+        _write_json(partial / _RNG_FILE, snapshot.generators)
     return folder
 
 
@@ -140,11 +191,22 @@ def find_checkpoint(output_dir: Path, resume: str) -> tuple[SavedState | None, l
 
 
 def load_checkpoint(saved: SavedState, model: PeftModel, optimizer: AdamW) -> None:
-    """Put a checkpoint's adapter and optimizer state in the place of the current ones.
+    """Put a checkpoint's adapter, optimizer and generators in the place of the current ones.
 
     Raises:
-        CheckpointError: the optimizer's state does not fit.
+        CheckpointError: the optimizer's state or the generators' do not fit.
         AdapterError: the adapter does not fit the model.
     """
     restore_adapter(model, saved.path, adapter=model.active_adapter)
     optimizer.load_state_dict(load_file(saved.path / _OPTIMIZER_FILE))
+    path = saved.path / _RNG_FILE
+    try:
+        restore_generators(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+        raise CheckpointError(
+            f"{path} cannot be read: {error}", hint="resume from another checkpoint"
+        ) from error
+
+
+def _write_json(path: Path, content: Any) -> None:
+    path.write_text(json.dumps(content, indent=1, sort_keys=True) + "\n", encoding="utf-8")

@@ -26,13 +26,15 @@ class NonFiniteError(TrainingError):
     """A step's loss or gradient is NaN or Inf; nothing was updated.
 
     Attributes:
-        rows: Numbers of the data's rows that it comes from, from 0; empty where not known.
+        what: What is not finite, and in which rows.
+        rows: Their numbers, from 0; empty where not known.
     """
 
-    def __init__(self, message: str, rows: Sequence[int]) -> None:
+    def __init__(self, step: int, what: str, rows: Sequence[int]) -> None:
+        self.what = what
         self.rows = tuple(rows)
         super().__init__(
-            message,
+            f"step {step + 1}: {what}; nothing was updated or saved",
             hint="check these rows, lower learning_rate, or set max_skipped_steps to go on without "
             "such steps; resume_from_checkpoint: auto goes on from the last checkpoint",
         )
@@ -118,9 +120,7 @@ def _check_finite(
         where = f"micro-step {bad + 1} of {len(groups)} ({tokens} tokens)"
         what = f"the loss of {where} is {losses[bad]}"
     rows = [row for batch in batches for row in batch.rows]
-    raise NonFiniteError(
-        f"step {step + 1}: {what}, in {_name_rows(rows)}; nothing was updated or saved", rows
-    )
+    raise NonFiniteError(step, f"{what}, in {_name_rows(rows)}", rows)
 
 
 def _name_rows(rows: Sequence[int]) -> str:
