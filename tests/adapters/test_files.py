@@ -67,3 +67,12 @@ def test_finite_integers_and_floats_pass():
     check_finite({"a": torch.ones(2), "b": torch.ones(2, dtype=torch.int64)}, "here")
     with pytest.raises(AdapterError, match="a of here holds NaN or Inf"):
         check_finite({"a": torch.tensor([1.0, float("-inf")])}, "here")
+
+
+def test_tensors_may_stay_on_disk(folder):
+    held, left = read_adapter_files(folder), read_adapter_files(folder, in_memory=False)
+    assert list(left.tensors) == list(held.tensors)
+    assert torch.equal(left.tensors[NAME], held.tensors[NAME])
+    save_file({NAME: torch.full((2, 3), float("nan"))}, folder / "adapter_model.safetensors")
+    with pytest.raises(AdapterError, match="NaN or Inf"):
+        read_adapter_files(folder, in_memory=False)

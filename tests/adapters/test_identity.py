@@ -3,7 +3,7 @@ import copy
 import pytest
 import torch
 
-from halfbyte.adapters.identity import base_fingerprint, is_same_base
+from halfbyte.adapters.identity import base_fingerprint, is_same_base, quantized_format
 from halfbyte.adapters.inject import add_lora
 from halfbyte.quant.linear import NF4Linear
 
@@ -63,3 +63,9 @@ def test_changed_codes_are_another_base(load):
 def test_weights_that_are_not_at_hand_have_no_fingerprint(load):
     model = copy.deepcopy(load("bf16")).to("meta")
     assert base_fingerprint(model) is None
+
+
+def test_what_bitsandbytes_settings_do_not_say_is_recorded(load):
+    expected = {"block_size": 64, "dtype": "bfloat16"}
+    assert quantized_format(load()) == quantized_format(add_lora(load())) == expected
+    assert quantized_format(load("bf16")) is None

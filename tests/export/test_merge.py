@@ -167,8 +167,7 @@ def test_the_dtype_is_chosen_and_written(tiny_base, make_adapter, tmp_path):
 def test_a_base_that_was_cast_before_it_was_quantized_keeps_its_dtype(
     tiny_base, make_adapter, tmp_path
 ):
-    fingerprint = {"quantization": "nf4-64-torch.float32"}
-    identity = {**NF4_IDENTITY, "base": {"fingerprint": fingerprint}}
+    identity = {**NF4_IDENTITY, "weights": {"block_size": 64, "dtype": "float32"}}
     folder, adapted = make_adapter(tiny_base, identity=identity)
     merge(folder, tmp_path / "merged")
     state = load_file(tmp_path / "merged" / "model.safetensors")

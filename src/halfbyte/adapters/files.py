@@ -1,6 +1,7 @@
 """An adapter folder as read from disk, refused where it is not what peft would have written."""
 
 import re
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from huggingface_hub import snapshot_download
 from torch import Tensor
 
 from halfbyte.adapters.schema import AGAIN, check_config, check_identity
-from halfbyte.checkpoint.header import read_header, read_json
+from halfbyte.checkpoint.header import TensorInfo, read_header, read_json
 from halfbyte.checkpoint.reader import inside, read_tensor
 from halfbyte.errors import AdapterError, CheckpointError
 
@@ -24,6 +25,29 @@ _NAME_INSIDE = re.compile(r"\.lora_[AB]\.(?!weight$|bias$)([^.]+)\.(weight|bias)
 _RANK = re.compile(r"\.lora_(A|embedding_A)(\.weight)?$")
 # How much larger than the largest saved rank a setting may be: peft allocates before it compares.
 _RANK_EXCESS = 16
+
+
+class SavedTensors(Mapping[str, Tensor]):
+    """Tensors on disk by name, read anew each time they are asked for; memory holds none of them.
+
+    Args:
+        header: What the file holds.
+    """
+
+    def __init__(self, header: Mapping[str, TensorInfo]) -> None:
+        self.header = header
+
+    def __getitem__(self, name: str) -> Tensor:
+        """Read one tensor."""
+        return read_tensor(name, self.header[name])
+
+    def __iter__(self) -> Iterator[str]:
+        """Return the names, sorted."""
+        return iter(sorted(self.header))
+
+    def __len__(self) -> int:
+        """Return how many tensors there are."""
+        return len(self.header)
 
 
 @dataclass(frozen=True)
@@ -39,12 +63,16 @@ class AdapterFiles:
 
     folder: Path
     config: peft.LoraConfig
-    tensors: dict[str, Tensor]
+    tensors: Mapping[str, Tensor]
     identity: dict[str, Any]
 
 
-def read_adapter_files(folder: str | Path) -> AdapterFiles:
-    """Read and check an adapter: a folder, or a name on the hub.
+def read_adapter_files(folder: str | Path, *, in_memory: bool = True) -> AdapterFiles:
+    """Read and check an adapter.
+
+    Args:
+        folder: Where it is, or its name on the hub.
+        in_memory: Hold the tensors; otherwise each is read when it is asked for.
 
     Raises:
         AdapterError: a file is missing or damaged, the adapter is not LoRA, its tensors' names
@@ -52,12 +80,17 @@ def read_adapter_files(folder: str | Path) -> AdapterFiles:
     """
     path = _locate(folder)
     config = _read_config(path)
-    tensors = _read_tensors(path)
-    _check_ranks(path, config, tensors)
+    saved = _open_tensors(path)
+    _check_ranks(path, config, saved)
+    try:
+        tensors = dict(saved) if in_memory else saved
+        check_finite(tensors, str(path / WEIGHTS_FILE))
+    except CheckpointError as error:
+        raise AdapterError(f"{path} cannot be read: {error.message}", hint=AGAIN) from error
     return AdapterFiles(path, config, tensors, _read_identity(path))
 
 
-def check_finite(tensors: dict[str, Tensor], where: str) -> None:
+def check_finite(tensors: Mapping[str, Tensor], where: str) -> None:
     """Check that no tensor holds NaN or Inf.
 
     Raises:
@@ -128,7 +161,7 @@ def _read_config(folder: Path) -> peft.LoraConfig:
     return config
 
 
-def _read_tensors(folder: Path) -> dict[str, Tensor]:
+def _open_tensors(folder: Path) -> SavedTensors:
     path = folder / WEIGHTS_FILE
     if not path.exists():
         has_pickle = (folder / "adapter_model.bin").is_file()
@@ -140,27 +173,24 @@ def _read_tensors(folder: Path) -> dict[str, Tensor]:
         )
     try:
         header = read_header(inside(folder, WEIGHTS_FILE))
-        tensors = {name: read_tensor(name, header[name]) for name in sorted(header)}
     except CheckpointError as error:
         raise AdapterError(f"{path} cannot be read: {error.message}", hint=AGAIN) from error
-    for name in tensors:
+    for name in header:
         if found := _NAME_INSIDE.search(name):
             raise AdapterError(
                 f"{path} names the tensor {name!r}, with the adapter's name {found[1]!r} inside",
                 hint="peft would drop it silently: save the adapter with save_adapter or peft",
             )
-    check_finite(tensors, str(path))
-    return tensors
+    return SavedTensors(header)
 
 
-def _check_ranks(folder: Path, config: peft.LoraConfig, tensors: dict[str, Tensor]) -> None:
+def _check_ranks(folder: Path, config: peft.LoraConfig, saved: SavedTensors) -> None:
     """Refuse ranks far beyond those of the tensors, before memory is taken for them."""
-    saved = max(
-        (t.shape[0] for name, t in tensors.items() if _RANK.search(name) and t.dim()), default=0
-    )
+    shapes = [info.shape for name, info in saved.header.items() if _RANK.search(name)]
+    largest = max((shape[0] for shape in shapes if shape), default=0)
     asked = max([config.r, *(config.rank_pattern or {}).values()])
-    if asked > _RANK_EXCESS * max(saved, 1):
+    if asked > _RANK_EXCESS * max(largest, 1):
         raise AdapterError(
-            f"{folder / CONFIG_FILE} asks for rank {asked}, and the largest saved one is {saved}",
+            f"{folder / CONFIG_FILE} asks for rank {asked}, and the largest saved one is {largest}",
             hint=AGAIN,
         )

@@ -51,6 +51,20 @@ def base_fingerprint(model: nn.Module) -> dict[str, str] | None:
     return found
 
 
+def quantized_format(model: nn.Module) -> dict[str, Any] | None:
+    """Return what bitsandbytes' settings do not say of a 4-bit base; None for one in 16 bits.
+
+    Keys: `block_size`, elements that share one scale, and `dtype`, that of the weights at the
+    moment when they were quantized.
+    """
+    for _, module in _base_modules(model):
+        if isinstance(module, NF4Linear) and module.is_quantized:
+            value = module.quantized
+            dtype = str(value.dtype).removeprefix("torch.")
+            return {"block_size": value.block_size, "dtype": dtype}
+    return None
+
+
 def is_kept(module: nn.Module) -> bool:
     """Whether a module's weight counts as one that no quantizer touches."""
     weight = module._parameters.get("weight")

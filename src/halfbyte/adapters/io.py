@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig
 
 from halfbyte.adapters import files
-from halfbyte.adapters.identity import base_fingerprint, is_same_base
+from halfbyte.adapters.identity import base_fingerprint, is_same_base, quantized_format
 from halfbyte.adapters.inject import attach, seeded
 from halfbyte.checkpoint.publish import publish
 from halfbyte.errors import AdapterError, HalfbyteError
@@ -210,6 +210,7 @@ def _identity(model: PeftModel) -> dict[str, Any]:
         "version": 1,
         "base": {"name_or_path": _base_name(model), "fingerprint": base_fingerprint(model)},
         "quantization": quantization.to_dict() if quantization else None,
+        "weights": quantized_format(model),
         "packages": {name: importlib.metadata.version(name) for name in _PACKAGES},
     }
 
@@ -251,7 +252,7 @@ def _set_tensors(model: PeftModel, found: files.AdapterFiles, adapter: str) -> N
     ]
     _refuse(found, "has tensors of another shape", wrong)
     try:
-        result: Any = set_peft_model_state_dict(model, found.tensors, adapter_name=adapter)
+        result: Any = set_peft_model_state_dict(model, dict(found.tensors), adapter_name=adapter)
     except KeyError as error:
         _refuse(found, "lacks tensors that the model has", [str(error)])
         raise

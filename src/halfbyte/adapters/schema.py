@@ -92,6 +92,13 @@ class _Base(BaseModel):
     fingerprint: _Fingerprint | None = None
 
 
+class _Weights(BaseModel):
+    model_config = _SCHEMA
+
+    block_size: Literal[32, 64, 128, 256, 512, 1024, 2048, 4096]
+    dtype: Literal["bfloat16", "float16", "float32"]
+
+
 class _Identity(BaseModel):
     """What Halfbyte writes beside an adapter."""
 
@@ -100,6 +107,7 @@ class _Identity(BaseModel):
     version: Literal[1] = 1
     base: _Base | None = None
     quantization: dict[str, Any] | None = None
+    weights: _Weights | None = None
 
 
 def check_config(content: dict[str, Any], path: Path) -> None:

@@ -6,8 +6,7 @@ merge is to be that same model. On a few thousand tokens the divergence also tel
 that the loss cannot. Where the loss says otherwise, the words do too.
 """
 
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 from halfbyte.errors import DeviceError
 from halfbyte.export.config import Form
@@ -34,11 +33,6 @@ class Choice:
     onto: Form
     reason: str
     measured: Measurement | None = None
-
-    def report(self) -> dict[str, Any]:
-        """Return reason, measurements and their meaning as JSON values."""
-        measured = self.measured and asdict(self.measured)
-        return {"reason": self.reason, "measured": measured, "in_words": self.words()}
 
     def words(self) -> list[str]:
         """Return the reason, and what the measurements say, a sentence each."""

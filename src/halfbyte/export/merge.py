@@ -66,13 +66,30 @@ class MergeResult:
         """How much of the update is there, along itself, mean over the merged weights."""
         return _mean([each.kept for each in self.rounding.values()])
 
+    def words(self) -> list[str]:
+        """Return what was chosen, why, and what rounding did, a sentence each."""
+        said = self.choice.words()
+        if self.rounding:
+            said.append(
+                f"Rounding moved the merged weights by {self.rounding_loss:.1%} of the update's "
+                f"length, and {self.update_kept:.1%} of the update is there."
+            )
+        if self.onto == "quantized":
+            said.append(
+                "Warning: in 4 bits this is not the model that was trained. The 4-bit base with "
+                "the adapter beside it is that model, and hardly larger."
+            )
+        return said
+
     def report(self) -> dict[str, Any]:
         """Return what merge_report.json says."""
         return {
             "version": 1,
             "base": str(self.base),
             "onto": self.onto,
-            **self.choice.report(),
+            "reason": self.choice.reason,
+            "in_words": self.words(),
+            "measured": self.choice.measured and dataclasses.asdict(self.choice.measured),
             "tensors": self.tensors,
             "tensors_merged": self.tensors_merged,
             "rounding": {
@@ -128,7 +145,7 @@ def merge(
             tensors_merged=sum(bool(step.updates) for step in steps),
             rounding={name: Rounding(**found) for name, found in lost.items() if found},
         )
-        text = json.dumps(result.report(), indent=2) + "\n"
+        text = json.dumps(result.report(), indent=2, ensure_ascii=False) + "\n"
         (partial / REPORT_FILE).write_text(text, encoding="utf-8")
     return result
 

@@ -80,12 +80,7 @@ def recorded_recipe(adapter: AdapterFiles) -> Recipe | None:
     saved = adapter.identity.get("quantization")
     if saved is None:
         return None
-    # bitsandbytes' settings know neither block size nor dtype; the base's fingerprint does, as
-    # nf4-64-torch.bfloat16.
-    fingerprint = _fingerprint(adapter)
-    config = NF4Config(**saved)
-    if "quantization" not in fingerprint:
-        return Recipe(config)
-    _, block_size, dtype = fingerprint["quantization"].split("-")
-    config.block_size = int(block_size)
-    return Recipe(config, to_dtype("dtype", dtype))
+    # bitsandbytes' settings know neither block size nor dtype.
+    weights = adapter.identity.get("weights") or {"block_size": 64, "dtype": None}
+    config = NF4Config(**saved, block_size=weights["block_size"])
+    return Recipe(config, to_dtype("dtype", weights["dtype"]))

@@ -43,7 +43,7 @@ class Source:
             AdapterError: the adapter is damaged, or was trained on another base.
             CheckpointError: the base cannot be found or read.
         """
-        files = read_adapter_files(adapter)
+        files = read_adapter_files(adapter, in_memory=False)
         folder = find_base(files, config.base)
         skeleton = read_skeleton(folder)
         check_base(files, skeleton)
