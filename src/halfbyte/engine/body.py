@@ -51,6 +51,10 @@ class FusedBody:
         adapters = [t for layer in self.layers for t in layer.adapters if t.requires_grad]
         self._graphs = Graphs(self._run_layers, adapters)
 
+    def with_memory(self, memory: str | int) -> "FusedBody":
+        """Return a body over the same layers that saves more or less."""
+        return FusedBody(self.model, memory=memory, kind=type(self.layers[0]))
+
     def __call__(
         self,
         input_ids: Tensor,

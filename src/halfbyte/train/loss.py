@@ -9,6 +9,7 @@ looked up by name: one forward pass of a few tokens must give the same logits bo
 Shapes: B rows, S positions, N = B * S, h hidden size, V vocabulary.
 """
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -110,15 +111,22 @@ class LanguageModel:
         at_once = _TOKENS_AT_ONCE_CPU if is_cpu else _TOKENS_AT_ONCE
         return merge(batches, max(at_once, *(batch.num_tokens for batch in batches)))
 
-    def loss_sum(self, *batches: Batch) -> Tensor:
+    def with_memory(self, memory: str | int) -> "LanguageModel":
+        """Return the model with another choice of what its fused body saves."""
+        if not isinstance(self.body, FusedBody):
+            return self
+        return dataclasses.replace(self, body=self.body.with_memory(memory))
+
+    def loss_sum(self, *batches: Batch, first_token: int = 0) -> Tensor:
         """Return the summed loss of the supervised tokens: float32 scalar, on the last device.
 
         Args:
             batches: Token ids and unshifted labels [B, S] on the CPU: one micro-batch, or several
                 where `micro_steps` put them together.
+            first_token: Tokens before these where a micro-batch was cut: fused, dropout goes on.
         """
         if isinstance(self.body, FusedBody) and self.head is not None:
-            return self._packed_loss(self.body, self.head, batches)
+            return self._packed_loss(self.body, self.head, batches, first_token)
         (batch,) = batches
         inputs = _inputs(batch, self.model.get_input_embeddings().weight.device)  # type: ignore[operator]
         labels = F.pad(batch.labels, (0, 1), value=IGNORE_INDEX)[:, 1:].reshape(
@@ -139,9 +147,12 @@ class LanguageModel:
             softcap=self.head.softcap,
         )
 
-    def _packed_loss(self, body: FusedBody, head: _Head, batches: Sequence[Batch]) -> Tensor:
+    def _packed_loss(
+        self, body: FusedBody, head: _Head, batches: Sequence[Batch], first_token: int
+    ) -> Tensor:
         packed = pack(batches).to(head.linear.weight.device)
-        hidden = body(packed.input_ids, packed.position_ids, packed.layout)[0].flatten(0, 1)
+        ids, positions, layout = packed.input_ids, packed.position_ids, packed.layout
+        hidden = body(ids, positions, layout, first_token=first_token)[0].flatten(0, 1)
         return linear_cross_entropy(
             hidden.index_select(0, packed.rows),
             head.linear.weight,

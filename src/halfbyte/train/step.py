@@ -2,8 +2,7 @@
 
 The loss is the sum over the supervised tokens of all micro-batches divided by their number, so how
 a batch is cut into micro-batches changes nothing. Loss and gradient norm reach the host once,
-together, before the
-update: a step that is not finite changes no parameter.
+together, before the update: a step that is not finite changes no parameter.
 """
 
 import math
@@ -16,6 +15,7 @@ from halfbyte.data.loader import Batch
 from halfbyte.errors import TrainingError
 from halfbyte.optim.adamw import AdamW
 from halfbyte.train.loss import LanguageModel
+from halfbyte.train.micro import cut
 from halfbyte.train.rng import seed_micro_step
 
 _CLIP_EPSILON = 1e-6  # as torch.nn.utils.clip_grad_norm_
@@ -81,27 +81,51 @@ def train_step(
     Raises:
         NonFiniteError: the loss or the gradient is not finite; nothing was updated.
     """
+    result = compute_gradients(model, optimizer, batches, step=step, seed=seed)
+    scale = clip_factor(result.grad_norm, max_grad_norm)
+    optimizer.step(learning_rate, grad_scale=scale)
+    return result
+
+
+def compute_gradients(
+    model: LanguageModel,
+    optimizer: AdamW,
+    batches: Sequence[Batch],
+    *,
+    step: int,
+    seed: int,
+    max_tokens: int | None = None,
+) -> StepResult:
+    """Do all of a step but the update: the optimizer then holds the gradient of the mean loss.
+
+    Whatever gradients it held before are forgotten, so a call that failed can be repeated, with
+    smaller `max_tokens` too: how the batches are cut changes nothing.
+
+    Raises:
+        NonFiniteError: the loss or the gradient is not finite.
+    """
+    micro_steps = cut(model, batches, max_tokens)
     supervised = sum(batch.num_supervised for batch in batches)
     optimizer.zero_grad()
     losses = []
-    groups = model.micro_steps(batches)
-    for micro_step, group in enumerate(groups):
-        seed_micro_step(seed, step, micro_step)
-        loss = model.loss_sum(*group) / max(supervised, 1)
+    for micro_step in micro_steps:
+        seed_micro_step(seed, step, micro_step.index)
+        loss = model.loss_sum(*micro_step.batches, first_token=micro_step.first_token)
+        loss = loss / max(supervised, 1)
         loss.backward()
         losses.append(loss.detach())
     norm = optimizer.grad_norm()
     *values, grad_norm = torch.stack(
         [*(loss.to(norm.device) for loss in losses), norm]
     ).tolist()  # the only sync
-    _check_finite(values, grad_norm, groups, step)
-    optimizer.step(learning_rate, grad_scale=_clip(grad_norm, max_grad_norm))
+    _check_finite(values, grad_norm, [micro_step.batches for micro_step in micro_steps], step)
     return StepResult(
         sum(values), grad_norm, supervised, sum(batch.num_tokens for batch in batches)
     )
 
 
-def _clip(grad_norm: float, max_grad_norm: float) -> float:
+def clip_factor(grad_norm: float, max_grad_norm: float) -> float:
+    """Return what scales a gradient of this norm down to the largest allowed; 0 allows all."""
     return min(1.0, max_grad_norm / (grad_norm + _CLIP_EPSILON)) if max_grad_norm > 0 else 1.0
 
 

@@ -1,0 +1,172 @@
+"""Steps that memory cannot end: when it runs out, room is made and the step is done again.
+
+What is tried, each for good, until the step goes through:
+
+    1. cached memory in pieces is given back (fragmentation)
+    2. pages of optimizer state go to the host
+    3. more of the forward is computed again in the backward: half as much is saved, then the least
+    4. micro-batches are cut in half, as often as they can be
+
+The gradients begin again from zero, so nothing half-added is left; dropout is seeded by the step
+and micro-step, so the masks are the same; the loss is a sum over tokens, so the update is too. An
+optimizer update that ran out of memory goes on with the pages that are not updated yet.
+"""
+
+import gc
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+from halfbyte.data.loader import Batch
+from halfbyte.device import release_unused_memory
+from halfbyte.engine.body import FusedBody
+from halfbyte.errors import ConfigError, DeviceError
+from halfbyte.memory.activations import checkpoint_activations
+from halfbyte.memory.shortage import Shortage, is_out_of_memory
+from halfbyte.optim.adamw import AdamW
+from halfbyte.train.events import MemoryShort
+from halfbyte.train.loss import LanguageModel
+from halfbyte.train.micro import cut
+from halfbyte.train.step import StepResult, clip_factor, compute_gradients
+
+_T = TypeVar("_T")
+
+# Restarts with nothing but defragmented memory; a run that needs more has too little of it.
+_MAX_DEFRAGMENTATIONS = 3
+
+
+class Survivor:
+    """Does optimizer steps, and keeps the settings under which the last one went through.
+
+    Args:
+        model: The model, in training mode.
+        optimizer: Holds the parameters.
+        tell: Called with a `MemoryShort` after a step that needed room.
+        explain: Makes the error of a step that cannot be done, from what was measured.
+    """
+
+    def __init__(
+        self,
+        model: LanguageModel,
+        optimizer: AdamW,
+        *,
+        tell: Callable[[MemoryShort], None],
+        explain: Callable[[Shortage], DeviceError],
+    ) -> None:
+        self.model = model
+        self.optimizer = optimizer
+        self.max_tokens: int | None = None
+        self._tell = tell
+        self._explain = explain
+        self._defragmentations = 0
+
+    def step(
+        self,
+        batches: Sequence[Batch],
+        *,
+        step: int,
+        learning_rate: float,
+        max_grad_norm: float,
+        seed: int,
+    ) -> StepResult:
+        """Do optimizer step `step` (counted from 0); see `train_step`.
+
+        Raises:
+            NonFiniteError: the loss or the gradient is not finite; nothing was updated.
+            DeviceError: the step does not fit, whatever is given up.
+        """
+        measures: list[str] = []
+
+        def gradients() -> StepResult:
+            return compute_gradients(
+                self.model, self.optimizer, batches,
+                step=step, seed=seed, max_tokens=self.max_tokens,
+            )  # fmt: skip
+
+        result = self._persist(gradients, lambda s: self._make_room(s, batches), measures)
+        scale = clip_factor(result.grad_norm, max_grad_norm)
+        self._persist(
+            lambda: self.optimizer.step(learning_rate, grad_scale=scale), self._evict, measures
+        )
+        if measures:
+            self._tell(MemoryShort(step + 1, tuple(measures), self.max_tokens))
+        return result
+
+    def _persist(
+        self,
+        attempt: Callable[[], _T],
+        make_room: Callable[[Shortage], str | None],
+        measures: list[str],
+    ) -> _T:
+        """Return what `attempt` returns once there is room for it."""
+        device = next(self.model.model.parameters()).device
+        while True:
+            try:
+                return attempt()
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                shortage = Shortage.measure(device, error)
+            # Only out here are the failed attempt's tensors let go, with the error's traceback.
+            gc.collect()
+            release_unused_memory(device)
+            measure = make_room(shortage.after_cleanup())
+            if measure is None:
+                raise self._explain(shortage)
+            measures.append(measure)
+
+    def _make_room(self, shortage: Shortage, batches: Sequence[Batch]) -> str | None:
+        """Give something up for memory and say what; None where there is nothing left."""
+        return (
+            self._defragment(shortage)
+            or self._evict(shortage)
+            or self._recompute(shortage)
+            or self._split(batches)
+        )
+
+    def _defragment(self, shortage: Shortage) -> str | None:
+        if not shortage.is_fragmented or self._defragmentations == _MAX_DEFRAGMENTATIONS:
+            return None
+        self._defragmentations += 1
+        return f"gave {shortage.cached_bytes / 2**30:.2f} GiB of fragments back"
+
+    def _evict(self, shortage: Shortage) -> str | None:
+        freed = self.optimizer.evict()
+        release_unused_memory(shortage.device)
+        return f"moved {freed / 2**20:.0f} MiB of optimizer state to the host" if freed else None
+
+    def _recompute(self, shortage: Shortage) -> str | None:
+        body = self.model.body
+        if not isinstance(body, FusedBody):
+            return self._checkpoint()
+        if body.memory == "lean":
+            return None
+        budget = shortage.activation_bytes // 2
+        if isinstance(body.memory, int) or not budget:
+            self.model = self.model.with_memory("lean")
+            return "computes every layer twice"
+        self.model = self.model.with_memory(budget)
+        return f"saves activations within {budget / 2**30:.2f} GiB"
+
+    def _checkpoint(self) -> str | None:
+        model = self.model.model
+        if any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
+            return None
+        try:
+            checkpoint_activations(model)
+        except ConfigError:
+            return None
+        return "computes every layer twice"
+
+    def _split(self, batches: Sequence[Batch]) -> str | None:
+        longest = self._longest(batches, self.max_tokens)
+        limit = longest
+        while limit > 1:
+            limit //= 2
+            if (now := self._longest(batches, limit)) < longest:
+                self.max_tokens = now
+                return f"cuts micro-batches to {now:,} tokens"
+        return None
+
+    def _longest(self, batches: Sequence[Batch], max_tokens: int | None) -> int:
+        pieces = cut(self.model, batches, max_tokens)
+        return max((piece.num_tokens for piece in pieces), default=0)
