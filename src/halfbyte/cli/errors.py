@@ -5,6 +5,7 @@ a signal stopped with 128 plus the signal's number. `halfbyte --debug <verb>` sh
 too; mistakes of our own always show it.
 """
 
+import os
 import sys
 import traceback
 from typing import Any
@@ -24,6 +25,15 @@ def report(error: HalfbyteError) -> None:
     print(f"{prefix}{error.message}", file=sys.stderr)
     if error.hint:
         print(f"hint: {error.hint}", file=sys.stderr)
+
+
+def flush_stdout() -> None:
+    """Write what is still to be written; a reader that is gone is no error."""
+    try:
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 class ErrorGroup(TyperGroup):

@@ -11,12 +11,13 @@ import halfbyte
 from halfbyte.cli.chat import chat
 from halfbyte.cli.demo import demo
 from halfbyte.cli.doctor import doctor
-from halfbyte.cli.errors import ErrorGroup
+from halfbyte.cli.errors import ErrorGroup, flush_stdout
 from halfbyte.cli.evaluate import evaluate
 from halfbyte.cli.generate import generate
 from halfbyte.cli.merge import merge
 from halfbyte.cli.quantize import quantize
 from halfbyte.cli.train import TrainCommand, train
+from halfbyte.cli.verify_resume import verify_resume
 from halfbyte.cli.version import version
 
 app = typer.Typer(
@@ -39,10 +40,14 @@ def options(
     """Hold the options that stand before the verb."""
 
 
-for verb in (doctor, demo, quantize, train, evaluate, generate, chat, merge, version):
+VERBS = (doctor, demo, quantize, train, verify_resume, evaluate, generate, chat, merge, version)
+for verb in VERBS:
     app.command(cls=TrainCommand if verb is train else None)(verb)
 
 
 def main() -> None:
-    """Run the command line."""
-    app()
+    """Run the command line; whoever read its output may be gone at the end."""
+    try:
+        app()
+    finally:
+        flush_stdout()

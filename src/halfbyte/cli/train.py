@@ -1,5 +1,6 @@
 """halfbyte train: one YAML file, one run."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -71,24 +72,27 @@ def train(
     run(RunConfig.from_yaml(config, overrides))
 
 
-def run(config: "RunConfig") -> None:
+def run(config: "RunConfig", *, listeners: Sequence["Listener"] = ()) -> None:
     """Check the data, load the model, train, and say what came out."""
     from halfbyte.adapters.inject import add_lora
     from halfbyte.cli.display import print_facts, size
     from halfbyte.models.load import load
+    from halfbyte.train.determinism import determinism
     from halfbyte.train.loop import train as train_model
 
     check(config)
-    model, tokenizer = load(
-        config.model_path,
-        quant=config.quant.build() if config.quant else None,
-        device=config.device,
-        dtype=config.dtype,
-        attn_implementation=config.attn_implementation,
-    )
-    adapted = add_lora(model, config.lora.build(), seed=config.train.seed)
-    print_facts("model", _model_facts(config, adapted))
-    result = train_model(adapted, tokenizer, config.data, config.train, listeners=[_record(config)])
+    with determinism(enabled=config.train.deterministic):  # before the first product on a GPU
+        model, tokenizer = load(
+            config.model_path,
+            quant=config.quant.build() if config.quant else None,
+            device=config.device,
+            dtype=config.dtype,
+            attn_implementation=config.attn_implementation,
+        )
+        adapted = add_lora(model, config.lora.build(), seed=config.train.seed)
+        print_facts("model", _model_facts(config, adapted))
+        listeners = [_record(config), *listeners]
+        result = train_model(adapted, tokenizer, config.data, config.train, listeners=listeners)
     output_dir = Path(config.train.output_dir)
     facts = {
         "steps": f"{result.steps:,} in {result.seconds:,.0f} s",
@@ -103,28 +107,33 @@ def run(config: "RunConfig") -> None:
 
 
 def check(config: "RunConfig") -> None:
-    """Find what is wrong with base, adapter or data before the model takes time and memory.
+    """Find what is wrong with folder, base, adapter or data before the model takes time and memory.
 
     The data's tokens are kept for the training itself.
 
     Raises:
         HalfbyteError: says what is wrong.
     """
-    from rich.console import Console
-
     from halfbyte.adapters.checks import check_settings, check_targets
     from halfbyte.data.prepare import prepare
     from halfbyte.models.folder import find_folder
     from halfbyte.models.skeleton import read_skeleton
     from halfbyte.models.tokenizer import load_tokenizer
+    from halfbyte.train.directory import refuse_taken
+    from halfbyte.train.display import QuietingConsole
 
+    refuse_taken(
+        Path(config.train.output_dir),
+        overwrite=config.train.overwrite_output_dir,
+        resume=config.train.resume_from_checkpoint is not None,
+    )
     folder = find_folder(config.model_path)
     model = read_skeleton(folder).model
     lora = config.lora.build()
     check_settings(lora)
     check_targets(model, lora)
     tokenizer = load_tokenizer(folder, model.get_input_embeddings().num_embeddings)
-    Console().print(prepare(config.data, tokenizer, seed=config.train.seed).summary)
+    QuietingConsole().print(prepare(config.data, tokenizer, seed=config.train.seed).summary)
 
 
 def _record(config: "RunConfig") -> "Listener":

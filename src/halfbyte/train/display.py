@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+import os
 from collections import deque
 from collections.abc import Sequence
 
@@ -48,8 +49,9 @@ class QuietingConsole(Console):
     """A console that falls silent when its reader goes away; rich's ends the process."""
 
     def on_broken_pipe(self) -> None:
-        """Print no more."""
+        """Print no more, nor what the stream still holds."""
         self.quiet = True
+        os.dup2(os.open(os.devnull, os.O_WRONLY), self.file.fileno())
 
 
 def sparkline(values: Sequence[float], width: int = _SPARKLINE_WIDTH) -> str:
