@@ -22,6 +22,7 @@ LADDER = [  # a part may import from lower rungs and from itself, never sideways
     {"engine"},
     {"train"},
     {"export", "generate"},
+    {"gguf"},
     {"demo", "serve"},
     {"config"},
     {"cli"},
