@@ -1,0 +1,101 @@
+"""The product of a few tokens: reference against float64, the CUDA twin against the reference."""
+
+import pytest
+import torch
+
+from halfbyte.kernels.matvec_4bit import Gate, Group, Norm, matvec_4bit
+from halfbyte.quant.weight import QuantizedWeight
+
+# Outputs of the siblings, K, rank. Odd rows, several steps of 1,024, a part of one, one and three.
+CASES = [((5,), 64, 0), ((33, 7), 1088, 3), ((130, 16, 16), 2112, 16)]
+
+
+@pytest.fixture(autouse=True)
+def poisoned():
+    """New tensors start as NaN: an element that is never written shows."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def _group(outputs, K, rank, device, dtype, *, bias=True, **settings):
+    def random(*shape, scale):
+        return (torch.randn(shape) * scale).to(dtype).to(device)
+
+    weights = [QuantizedWeight.quantize(random(n, K, scale=0.05), **settings) for n in outputs]
+    return Group(
+        tuple(weights),
+        random(rank * len(outputs), K, scale=0.1) if rank else None,
+        random(sum(outputs), rank, scale=0.1) if rank else None,
+        random(sum(outputs), scale=1.0) if bias else None,
+    )
+
+
+def _exact(x, group, before, residual):
+    """The formula in float64, with the weights as they are dequantized in float32."""
+    double = Group(
+        tuple(w.dequantize(torch.float32).double() for w in group.weights),
+        *(None if t is None else t.double() for t in (group.lora_A, group.lora_B, group.bias)),
+    )
+    norm = isinstance(before, Norm)
+    before = Norm(before.weight.double(), before.eps) if norm else before
+    residual = None if residual is None else residual.double()
+    return matvec_4bit.__wrapped__(x.double(), double, before=before, residual=residual)
+
+
+def _error(actual, exact):
+    return ((actual.double() - exact).norm() / exact.norm()).item()
+
+
+def _before(kind, K, device):
+    if kind == "norm":
+        return Norm(torch.rand(K, device=device) + 0.5, 1e-5)
+    return Gate(kind) if kind else None
+
+
+@pytest.mark.parametrize("before", [None, "norm", "silu", "gelu_tanh"])
+@pytest.mark.parametrize("tokens", [1, 3])
+@pytest.mark.parametrize(("outputs", "K", "rank"), CASES)
+def test_twin_is_as_exact_as_the_reference(
+    outputs, K, rank, tokens, before, triton_device, half_dtype
+):
+    twin = pytest.importorskip("halfbyte.kernels.matvec_4bit_triton")
+    torch.manual_seed(0)
+    group = _group(outputs, K, rank, triton_device, half_dtype)
+    gated = before in ("silu", "gelu_tanh")
+    x = torch.randn(tokens, K * (2 if gated else 1)).to(half_dtype).to(triton_device)
+    before = _before(before, K, triton_device)
+    residual = torch.randn(tokens, sum(outputs)).to(half_dtype).to(triton_device)
+    exact = _exact(x, group, before, residual)
+    reference = matvec_4bit.__wrapped__(x, group, before=before, residual=residual)
+    ours = twin.matvec_4bit(x, group, before=before, residual=residual)
+    assert ours.dtype == half_dtype
+    assert _error(ours, exact) < 2 * _error(reference, exact) < 0.02
+
+
+@pytest.mark.parametrize("tokens", [1, 2])
+@pytest.mark.parametrize(
+    "settings", [{"double_quant": False}, {"quant_type": "fp4"}, {"block_size": 128}]
+)
+def test_every_kind_of_weight_and_dtype(tokens, settings, triton_device):
+    twin = pytest.importorskip("halfbyte.kernels.matvec_4bit_triton")
+    torch.manual_seed(0)
+    group = _group((20, 9), 384, 4, triton_device, torch.float32, bias=False, **settings)
+    x = torch.randn(tokens, 384, device=triton_device)
+    exact = _exact(x, group, None, None)
+    # Tensor cores round float32 to ten bits; the lookup on a GPU is good to 3e-5.
+    bound = 1e-6 if triton_device.type == "cpu" else 2e-3
+    assert _error(twin.matvec_4bit(x, group), exact) < bound
+    assert _error(matvec_4bit.__wrapped__(x, group), exact) < 1e-6
+
+
+def test_what_the_kernels_cannot_serve_takes_the_reference(triton_device):
+    twin = pytest.importorskip("halfbyte.kernels.matvec_4bit_triton")
+    torch.manual_seed(0)
+    dense = Group((torch.randn(5, 64, device=triton_device),))
+    x = torch.randn(1, 64, device=triton_device)
+    torch.testing.assert_close(twin.matvec_4bit(x, dense), x @ dense.weights[0].t())
+    many = torch.randn(twin.MAX_TOKENS + 1, 64, device=triton_device)
+    packed = _group((3,), 64, 2, triton_device, torch.float32)
+    expected = matvec_4bit.__wrapped__(many, packed)
+    torch.testing.assert_close(twin.matvec_4bit(many, packed), expected)
