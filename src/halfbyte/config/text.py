@@ -15,6 +15,7 @@ from halfbyte.errors import ConfigError
 COMMAND_LINE = "the command line"
 
 _MAX_BYTES = 1 << 20
+_MAX_STATES = 40
 # What PyYAML's constructors raise for values that their tag does not fit, such as 2024-13-01.
 _MISFITS = (ValueError, LookupError, AttributeError, TypeError, RecursionError)
 
@@ -26,6 +27,9 @@ class _Loader(yaml.SafeLoader):
         if self.check_event(yaml.AliasEvent):
             mark = self.peek_event().start_mark
             raise yaml.composer.ComposerError(None, None, "anchors are not read", mark)
+        if len(self.states) > _MAX_STATES:  # PyYAML's own; its time grows with the square of them
+            mark = self.peek_event().start_mark
+            raise yaml.composer.ComposerError(None, None, "brackets within brackets", mark)
         return super().compose_node(parent, index)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:  # noqa: FBT001, FBT002
