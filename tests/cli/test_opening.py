@@ -3,7 +3,7 @@
 import pytest
 from peft import PeftModel
 
-from halfbyte.cli.opening import open_model
+from halfbyte.cli.opening import named_adapters, open_base, open_model
 from halfbyte.errors import ConfigError, HalfbyteError
 from halfbyte.quant.linear import NF4Linear
 
@@ -39,3 +39,19 @@ def test_what_is_wrong_is_said(tiny_base):
         open_model(str(tiny_base), quant="int4")
     with pytest.raises(HalfbyteError, match="nowhere"):
         open_model("./nowhere")
+
+
+def test_adapters_have_names(tmp_path):
+    assert named_adapters(None) == {}
+    named = named_adapters(["red=runs/a=b", str(tmp_path / "blue")])
+    assert named == {"red": "runs/a=b", "blue": str(tmp_path / "blue")}
+    for wrong in (["=x"], ["a="], ["a=x", "a=y"]):
+        with pytest.raises(ConfigError, match="name=path"):
+            named_adapters(wrong)
+
+
+def test_a_base_is_opened_without_its_adapters(trained, tiny_base):
+    model, _, adapters = open_base(str(trained), {"more": "elsewhere"})
+    assert not isinstance(model, PeftModel)
+    assert adapters == {"out": str(trained), "more": "elsewhere"}
+    assert open_base(str(tiny_base), {}, quant="none")[2] == {}

@@ -8,14 +8,17 @@ from typing import Annotated
 import typer
 
 import halfbyte
+from halfbyte.cli.audit import audit
 from halfbyte.cli.chat import chat
 from halfbyte.cli.demo import demo
 from halfbyte.cli.doctor import doctor
 from halfbyte.cli.errors import ErrorGroup, flush_stdout
 from halfbyte.cli.evaluate import evaluate
+from halfbyte.cli.export import export
 from halfbyte.cli.generate import generate
 from halfbyte.cli.merge import merge
 from halfbyte.cli.quantize import quantize
+from halfbyte.cli.serve import serve
 from halfbyte.cli.train import TrainCommand, train
 from halfbyte.cli.verify_resume import verify_resume
 from halfbyte.cli.version import version
@@ -40,7 +43,21 @@ def options(
     """Hold the options that stand before the verb."""
 
 
-VERBS = (doctor, demo, quantize, train, verify_resume, evaluate, generate, chat, merge, version)
+VERBS = (
+    doctor,
+    demo,
+    audit,
+    quantize,
+    train,
+    verify_resume,
+    evaluate,
+    generate,
+    chat,
+    merge,
+    export,
+    serve,
+    version,
+)
 for verb in VERBS:
     app.command(cls=TrainCommand if verb is train else None)(verb)
 

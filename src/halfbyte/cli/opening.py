@@ -1,5 +1,6 @@
 """How the verbs open a model: a folder, a hub name, `demo`, or a run with its adapter."""
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,6 +13,10 @@ Model = Annotated[
 ]
 Adapter = Annotated[
     str | None, typer.Option(help="An adapter's folder or hub name, to put on MODEL.")
+]
+Adapters = Annotated[
+    list[str] | None,
+    typer.Option("--adapter", help="name=path of an adapter on MODEL; may be given many times."),
 ]
 Quant = Annotated[
     str,
@@ -43,6 +48,54 @@ def open_model(
     if adapter is None and (Path(base) / CONFIG_FILE).is_file():
         adapter, base = str(base), find_base(read_adapter_files(base))
     return load(base, quant=_config(quant, adapter), device=device, adapter=adapter)
+
+
+def named_adapters(values: Sequence[str] | None) -> dict[str, str]:
+    """Return where adapters are by their names: `name=path`, or a path that ends in its name.
+
+    Raises:
+        ConfigError: a name is empty or there twice.
+    """
+    found: dict[str, str] = {}
+    for value in values or ():
+        name, sign, path = value.partition("=")
+        path = path if sign else value
+        name = name if sign else Path(value).resolve().name
+        if not name or not path or name in found:
+            raise ConfigError(
+                f"--adapter should be name=path with a name of its own, got {value!r}"
+            )
+        found[name] = path
+    return found
+
+
+def open_base(
+    model: str,
+    adapters: Mapping[str, str],
+    quant: str = "auto",
+    device: str | None = None,
+    dtype: str | None = None,
+) -> tuple[Any, Any, dict[str, str]]:
+    """Return (model, tokenizer, adapters): the base alone, and what goes on it by name.
+
+    Where MODEL is an adapter's folder, its base is loaded, and the adapter is the first of them.
+
+    Raises:
+        HalfbyteError: something is missing, damaged or does not fit.
+    """
+    from halfbyte.adapters.files import CONFIG_FILE, read_adapter_files
+    from halfbyte.config import resolve_model
+    from halfbyte.export.record import find_base
+    from halfbyte.models.load import load
+
+    base: str | Path = resolve_model(model)
+    found = dict(adapters)
+    if (Path(base) / CONFIG_FILE).is_file():
+        found = {Path(base).name: str(base), **found}
+        base = find_base(read_adapter_files(base))
+    first = next(iter(found.values()), None)
+    loaded, tokenizer = load(base, quant=_config(quant, first), device=device, dtype=dtype)
+    return loaded, tokenizer, found
 
 
 def _config(quant: str, adapter: str | None) -> Any:

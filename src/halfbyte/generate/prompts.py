@@ -7,17 +7,30 @@ would otherwise never stop.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from halfbyte.errors import ConfigError, DataError
 
-Message = dict[str, str]
+Message = dict[str, Any]
 Prompt = str | Sequence[Message]
 
 
-def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[int]:
+def prompt_ids(
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: Prompt,
+    *,
+    tools: Sequence[dict[str, Any]] | None = None,
+    **template_kwargs: Any,
+) -> list[int]:
     """Return the token ids of a prompt, ready for an answer.
+
+    Args:
+        tokenizer: The model's.
+        prompt: Plain text, or messages.
+        tools: JSON schemas of functions, for templates that tell the model about them.
+        **template_kwargs: What the template takes besides, such as enable_thinking.
 
     Raises:
         DataError: messages were given but the tokenizer has no chat template, or nothing is left.
@@ -31,7 +44,11 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[int]:
                 hint="give the prompt as plain text, or set chat_template in training",
             )
         text = tokenizer.apply_chat_template(
-            list(prompt), tokenize=False, add_generation_prompt=True
+            list(prompt),
+            tools=None if tools is None else list(tools),
+            tokenize=False,
+            add_generation_prompt=True,
+            **template_kwargs,
         )
         ids = list(tokenizer(text, add_special_tokens=False)["input_ids"])
     if not ids:
