@@ -3,9 +3,9 @@
 A chat template is a program; where its output came from the assistant is found in one of three
 ways, each checked against the template's own output, and never guessed:
 
-1. The template marks it with `{% generation %}`. Each marker is replaced by a character that no
-   text holds, so that it travels with the text; taken out again, the plain rendering must remain
-   (checked for each row, unless the template's syntax tree shows that it cannot be otherwise).
+1. The template marks it with `{% generation %}`. Each mark is a character that no text holds, so
+   that it travels with the text; taken out again, the plain rendering must remain (checked for
+   each row, unless the template's syntax tree shows that it cannot be otherwise).
 2. The conversation up to the turn, with the generation prompt, is a prefix of the conversation
    through the turn. What follows the prefix is what the model is asked to write.
 3. Where the generation prompt is not a prefix (some write `<think>` there), the turn is rendered
@@ -29,17 +29,18 @@ from functools import cached_property
 from typing import Any
 
 import jinja2
-from jinja2 import nodes
+from jinja2 import TemplateError, nodes
 from transformers import PreTrainedTokenizerBase
 
 from halfbyte.data.formats import Message
+from halfbyte.data.sandbox import MARK_END, MARK_START, TemplateLimitError, parse, render
 from halfbyte.errors import DataError
 
 # Noncharacters: Unicode keeps them for internal use, so they are in no text.
-_MARK_START, _MARK_END, PROBE = "\ufdd0", "\ufdd1", "\ufdd2"
+PROBE = "\ufdd2"
 PRIVATE = re.compile("[\ufdd0-\ufdef]")
-_GENERATION = re.compile(r"\{%([-+]?)\s*(end)?generation\s*([-+]?)%\}")
-_REASONING = ("reasoning_content", "reasoning", "thinking")
+_GENERATION = re.compile(r"\{%[-+]?\s*generation\b")
+_REASONING = ("reasoning_content", "thinking", "reasoning")
 
 # What a template may raise: its own refusals, and Python's for operands of the wrong kind.
 _TEMPLATE_ERRORS = (
@@ -96,6 +97,8 @@ class Renderer:
         self.template = template
         self.loss_on = loss_on
         self._special = frozenset(added_tokens(tokenizer, special=True))
+        self._tokens = dict(tokenizer.special_tokens_map)
+        self._is_compared = False
         tokens = added_tokens(tokenizer, special=False)
         self._token = re.compile("|".join(map(re.escape, tokens)) or r"(?!)")
 
@@ -123,28 +126,60 @@ class Renderer:
         messages: list[Message],
         tools: Any = None,
         *,
-        template: str | None = None,
         prompt: bool = False,
+        marks: bool = False,
     ) -> str:
-        """Return the conversation as text, followed by the generation prompt if `prompt`.
+        """Return the conversation as text, as transformers' `apply_chat_template` would.
+
+        Args:
+            messages: Turns.
+            tools: JSON schemas.
+            prompt: Let the generation prompt follow.
+            marks: Write marks around what the template says that the assistant writes.
 
         Raises:
-            DataError: the template raised an error.
+            DataError: the template raised an error, or broke a limit of time or size.
         """
+        variables = {
+            **self._tokens,
+            "messages": [_with_reasoning(message) for message in messages],
+            "tools": tools,
+            "documents": None,
+            "add_generation_prompt": prompt,
+        }
         try:
-            rendered = self.tokenizer.apply_chat_template(
-                messages,
-                tools=tools,
-                chat_template=template or self.template,
-                add_generation_prompt=prompt,
-                tokenize=False,
-            )
-            return str(rendered)
+            if not messages:
+                raise TemplateError("it is empty")
+            text = render(self._source(tools), variables, marks=marks)
+        except TemplateLimitError as error:
+            raise DataError(
+                f"the chat template was stopped: {error}", hint="choose another chat_template"
+            ) from error
         except _TEMPLATE_ERRORS as error:
             raise DataError(
                 f"the chat template refuses this conversation: {error}",
                 hint="mend the conversation, or choose another chat_template",
             ) from error
+        if not (self._is_compared or marks or prompt):
+            self._compare(text, messages, tools)
+        return text
+
+    def _source(self, tools: Any) -> str:
+        """Return the Jinja text; a tokenizer may have another for conversations with tools."""
+        return self.template or str(self.tokenizer.get_chat_template(tools=tools))
+
+    def _compare(self, text: str, messages: list[Message], tools: Any) -> None:
+        """Compare one rendering with that of the transformers which is installed."""
+        theirs = self.tokenizer.apply_chat_template(
+            messages, tools=tools, chat_template=self.template, tokenize=False
+        )
+        if str(theirs) != text:
+            raise DataError(
+                "this transformers renders the chat template in another way than Halfbyte: "
+                f"{str(theirs)[:80]!r}, not {text[:80]!r}",
+                hint="use another version of transformers, or another chat_template",
+            )
+        self._is_compared = True
 
     @cached_property
     def stop(self) -> str | None:
@@ -165,19 +200,8 @@ class Renderer:
         return text[slice(*(kept or tokens)[-1])] if tokens else None
 
     @cached_property
-    def _marked_template(self) -> str | None:
-        """The template with private characters written where its generation markers are."""
-        source = self.template or self.tokenizer.get_chat_template()
-
-        def replace(match: re.Match[str]) -> str:
-            left, end, right = match.groups()
-            # Two tags: each side keeps its whitespace control. `with` is a scope, as the marker is.
-            if end:
-                return f"{{%{left} endif %}}{{{{ '{_MARK_END}' }}}}{{% endwith {right}%}}"
-            return f"{{%{left} with %}}{{{{ '{_MARK_START}' }}}}{{% if true {right}%}}"
-
-        marked, count = _GENERATION.subn(replace, source)
-        return marked if count else None
+    def _has_marks(self) -> bool:
+        return _GENERATION.search(self._source(None)) is not None
 
     @cached_property
     def _marks_are_plain(self) -> bool:
@@ -185,21 +209,20 @@ class Renderer:
 
         Inside a macro, a `set` block or a filter it might: `trim` stops at it.
         """
-        environment = jinja2.Environment(extensions=["jinja2.ext.loopcontrols"], autoescape=True)
-        tree = environment.parse(self._marked_template or "")
+        tree = parse(self._source(None))
         kinds = (nodes.Macro, nodes.CallBlock, nodes.FilterBlock, nodes.AssignBlock)
         return not any(
-            constant.value in (_MARK_START, _MARK_END)
+            isinstance(inner.call.node, nodes.ExtensionAttribute)
             for block in tree.find_all(kinds)
-            for constant in block.find_all(nodes.Const)
+            for inner in block.find_all(nodes.CallBlock)
         )
 
     def _marked(self, messages: list[Message], tools: Any) -> tuple[str, list[Span]]:
         """Return the rendered text and its marked spans: none if the marks changed the text."""
-        marked = self.render(messages, tools, template=self._marked_template)
-        parts = re.split(f"([{_MARK_START}{_MARK_END}])", marked)
+        marked = self.render(messages, tools, marks=True)
+        parts = re.split(f"([{MARK_START}{MARK_END}])", marked)
         text = "".join(parts[::2])
-        if parts[1::2] != [_MARK_START, _MARK_END] * (len(parts) // 4):
+        if parts[1::2] != [MARK_START, MARK_END] * (len(parts) // 4):
             return text, []
         if not self._marks_are_plain and text != self.render(messages, tools):
             return text, []
@@ -208,7 +231,7 @@ class Renderer:
 
     def _marked_row(self, messages: list[Message], turns: list[int], tools: Any) -> Rendered | None:
         """Return the whole conversation as one row, if its markers fit its turns one to one."""
-        if self._marked_template is None:
+        if not self._has_marks:
             return None
         text, marks = self._marked(messages, tools)
         if len(marks) != len(turns):
@@ -240,7 +263,7 @@ class Renderer:
         if end is None:
             end = max(start, _content_end(text, messages[-1]))
             return Rendered(text[:end], ((start, end),), needs_eos=True)
-        spans = self._marked(messages, tools)[1] if self._marked_template else []
+        spans = self._marked(messages, tools)[1] if self._has_marks else []
         spans = [(max(a, start), min(b, end)) for a, b in spans if b > start and a < end]
         if spans:
             spans[-1] = (spans[-1][0], end)
@@ -307,6 +330,14 @@ class Renderer:
         if needs_eos:
             text = text[: _content_end(text, last)]
         return Rendered(text, ((0, len(text)),), needs_eos)
+
+
+def _with_reasoning(message: Message) -> Message:
+    """Return a message with its reasoning under the names that templates read, as transformers."""
+    said = next((message[name] for name in _REASONING if message.get(name) is not None), None)
+    if said is None:
+        return message
+    return {"thinking": said, **message, "reasoning_content": said}
 
 
 def _content_end(text: str, message: Message) -> int:
