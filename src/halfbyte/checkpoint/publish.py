@@ -21,6 +21,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from halfbyte.checkpoint.header import read_json
 from halfbyte.checkpoint.journal import JOURNAL_FILE, Journal
 from halfbyte.errors import CheckpointError
 
@@ -78,8 +79,8 @@ def verify(directory: Path) -> None:
     """
     manifest = directory / MANIFEST
     again = "use an older checkpoint, or copy this one again from where it came"
+    content = read_json(manifest)
     try:
-        content = json.loads(manifest.read_text(encoding="utf-8"))
         version = content["version"]
         if version != MANIFEST_VERSION:
             raise CheckpointError(
@@ -87,11 +88,13 @@ def verify(directory: Path) -> None:
                 hint="use the Halfbyte that wrote it",
             )
         files = {n: (entry["bytes"], entry["sha256"]) for n, entry in content["files"].items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{manifest} cannot be read: {error}", hint=again) from error
+    except (KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{manifest} is no manifest: {error}", hint=again) from error
     for name, expected in files.items():
+        if Path(name).is_absolute() or ".." in Path(name).parts:
+            raise CheckpointError(f"{manifest} lists {name!r}, which leads out of its folder")
         path = directory / name
-        if not path.is_file():
+        if not os.path.isfile(path):  # false for names that can be no file's
             raise CheckpointError(f"{path} is listed in the manifest but missing", hint=again)
         if (path.stat().st_size, sha256(path)) != expected:
             raise CheckpointError(f"{path} differs from its checksum in the manifest", hint=again)

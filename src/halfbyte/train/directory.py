@@ -76,7 +76,7 @@ def read_run(directory: Path) -> dict[str, Any] | None:
     """Return run.json, or `None` where there is none that can be read."""
     try:
         content = json.loads((directory / RUN_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
     return content if isinstance(content, dict) else None
 
