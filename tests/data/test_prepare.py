@@ -237,3 +237,17 @@ def test_nothing_is_printed_without_a_terminal(run, capfd):
     out, err = capfd.readouterr()
     assert out == ""
     assert err == ""
+
+
+def test_learned_tokens_are_counted_by_file_where_there_are_several(run, tmp_path):
+    folder = tmp_path / "many"
+    folder.mkdir()
+    for name, rows in (("large.jsonl", sums(8)), ("small.json", sums(2, start=50))):
+        text = json.dumps(rows) if name.endswith(".json") else "\n".join(map(json.dumps, rows))
+        (folder / name).write_text(text)
+    train = run(path=str(folder), columns=GSM8K).summary.train
+    assert train.sources.keys() == {"large.jsonl", "small.json"}
+    assert sum(train.sources.values()) == train.supervised_tokens
+    assert train.sources["large.jsonl"] > 3 * train.sources["small.json"]
+    assert run(sums(3), columns=GSM8K).summary.train.sources == {}
+    assert run(memory=sums(3), columns=GSM8K).summary.train.sources == {}

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 
 import datasets
 import numpy as np
+import pyarrow.compute
 from transformers import PreTrainedTokenizerBase
 
 from halfbyte.data.checks import check
@@ -17,6 +18,7 @@ from halfbyte.data.gather import InMemory, Split, gather
 from halfbyte.data.length import apply_policy
 from halfbyte.data.notes import Note
 from halfbyte.data.rows import TokenRows
+from halfbyte.data.sources import WHERE
 from halfbyte.data.summary import COUNTED_NOTES, SplitSummary, Summary, length_percentiles
 from halfbyte.errors import DataError
 
@@ -132,7 +134,23 @@ def _finish(data: Split, config: DataConfig) -> tuple[TokenRows, SplitSummary]:
         **asdict(lengths),
         **{str(note.name).lower(): _count(rows, note) for note in COUNTED_NOTES},
         percentiles=length_percentiles(rows.lengths),
+        sources=_by_file(data, rows),
     )
+
+
+def _by_file(data: Split, rows: TokenRows) -> dict[str, int]:
+    """Return the learned tokens of each file, where rows come from several."""
+    if WHERE not in data.source.rows.column_names:
+        return {}
+    where = data.source.rows.select_columns(WHERE).with_format("arrow")[:][WHERE]
+    files = pyarrow.compute.replace_substring_regex(where, r"(^| )(line|row) \d+.*$", "")
+    files = files.combine_chunks().dictionary_encode()
+    names = files.dictionary.to_pylist()
+    if len(names) < 2:
+        return {}
+    codes = files.indices.to_numpy()[rows.source]
+    learned = np.bincount(codes, weights=rows.supervised, minlength=len(names))
+    return {name: int(count) for name, count in zip(names, learned, strict=True)}
 
 
 def _count(rows: TokenRows, note: Note) -> int:

@@ -63,6 +63,8 @@ class SplitSummary:
     """Rows without a stop token, as the tokenizer has none."""
     percentiles: dict[int, int] = field(default_factory=dict)
     """Length in tokens at these percentiles, after the policy."""
+    sources: dict[str, int] = field(default_factory=dict)
+    """Learned tokens of each file, where rows come from several."""
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from halfbyte.train.events import (
     CheckpointSaved,
     Evaluated,
     Event,
+    HealthFinding,
     Listener,
     Notice,
     StepFinished,
@@ -116,6 +117,11 @@ def _event_line(event: Event) -> str | None:
         return f"eval  step {event.step}  loss {event.loss:.4f}  perplexity {event.perplexity:.2f}"
     if isinstance(event, CheckpointSaved):
         return f"saved {event.path}"
+    if isinstance(event, HealthFinding):
+        return (
+            f"health: {event.what} (step {event.step}).\n"
+            f"  likely cause: {event.cause}\n  try: {event.advice}"
+        )
     if isinstance(event, Notice):
         return f"note: {event.message}"
     if isinstance(event, StepSkipped):

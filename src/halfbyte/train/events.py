@@ -115,6 +115,25 @@ class CheckpointSaved:
 
 
 @dataclass(frozen=True)
+class HealthFinding:
+    """Something in the run's numbers that a person should look at.
+
+    Attributes:
+        step: Steps done when it was seen.
+        name: What kind it is; each is told once.
+        what: What was measured.
+        cause: What is likely behind it.
+        advice: The change to try.
+    """
+
+    step: int
+    name: str
+    what: str
+    cause: str
+    advice: str
+
+
+@dataclass(frozen=True)
 class Notice:
     """Something that the user should know, once."""
 
@@ -167,6 +186,7 @@ Event = (
     | MemoryShort
     | Evaluated
     | CheckpointSaved
+    | HealthFinding
     | Notice
     | TrainingFinished
     | TrainingStopped

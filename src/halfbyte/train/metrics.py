@@ -16,6 +16,7 @@ from halfbyte.train.directory import disk_errors, replacing
 from halfbyte.train.events import (
     Evaluated,
     Event,
+    HealthFinding,
     Listener,
     StepFinished,
     StepSkipped,
@@ -107,7 +108,12 @@ class MetricsFile:
             self._unwritten.clear()
 
 
-_RECORDED = {StepFinished: "step", StepSkipped: "skipped_step", Evaluated: "evaluation"}
+_RECORDED = {
+    StepFinished: "step",
+    StepSkipped: "skipped_step",
+    Evaluated: "evaluation",
+    HealthFinding: "health",
+}
 
 
 def as_record(event: Event) -> dict[str, Any] | None:

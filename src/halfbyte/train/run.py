@@ -12,10 +12,12 @@ from halfbyte.data.loader import BatchPlan
 from halfbyte.memory.activations import checkpoint_activations
 from halfbyte.optim.adamw import AdamW
 from halfbyte.optim.names import OPTIMIZERS
+from halfbyte.train.adapter_norms import AdapterProbe
 from halfbyte.train.config import TrainConfig, When, steps_between
 from halfbyte.train.directory import METRICS_FILE
 from halfbyte.train.display import make_display
 from halfbyte.train.events import Event, Listener, Notice, TrainingStarted
+from halfbyte.train.health import HealthMonitor
 from halfbyte.train.identity import identify, require_same
 from halfbyte.train.inputs import Data, Inputs, pad_token_id, prepare_inputs
 from halfbyte.train.loss import LanguageModel
@@ -169,6 +171,14 @@ def announce(run: Run, listeners: Sequence[Listener], notices: Sequence[Notice])
     if not config.disable_tqdm:
         run.listeners.append(make_display(log_every=log_every))
     run.listeners += listeners
+    monitor = HealthMonitor(
+        config,
+        run.optimizer.num_parameters,
+        AdapterProbe(run.model),
+        log_every=log_every,
+        tell=run.tell,
+    )
+    run.listeners.append(monitor)  # the last: what it tells comes after the step that it saw
     run.tell(
         TrainingStarted(
             output_dir=run.output_dir,

@@ -6,6 +6,7 @@ from halfbyte.errors import ConfigError
 from halfbyte.train.config import TrainConfig
 from halfbyte.train.events import (
     Event,
+    HealthFinding,
     Listener,
     TrainingFinished,
     TrainingStarted,
@@ -74,6 +75,8 @@ class _Tracker:
             prefix = "eval" if record.pop("event") == "evaluation" else "train"
             step = record.pop("step")
             numbers = {k: v for k, v in record.items() if isinstance(v, int | float)}
+            if isinstance(event, HealthFinding):
+                numbers = {f"health_{event.name}": 1}
             self._tracker.log({f"{prefix}/{k}": v for k, v in numbers.items()}, step=step)
 
     def _start(self) -> None:
