@@ -22,6 +22,7 @@ from halfbyte.train.identity import identify, require_same
 from halfbyte.train.inputs import Data, Inputs, pad_token_id, prepare_inputs
 from halfbyte.train.loss import LanguageModel
 from halfbyte.train.metrics import Averaged, MetricsFile
+from halfbyte.train.packing import prove_packing
 from halfbyte.train.state import Progress, find_checkpoint, load_checkpoint
 from halfbyte.train.trackers import make_trackers
 
@@ -193,8 +194,12 @@ def announce(run: Run, listeners: Sequence[Listener], notices: Sequence[Notice])
             settings=config.model_dump(),
         )
     )
-    for notice in (*notices, *_precision_notices(run)):
+    for notice in (*notices, *_precision_notices(run), *_packing_notices(run)):
         run.tell(notice)
+
+
+def _packing_notices(run: Run) -> list[Notice]:
+    return [Notice(prove_packing(run.parts))] if run.inputs.packing else []
 
 
 def _precision_notices(run: Run) -> list[Notice]:
