@@ -13,8 +13,9 @@ from typing import Any
 import jinja2
 from transformers import PreTrainedTokenizerBase
 
-from halfbyte.data.chat import IGNORE_INDEX, ChatEncoder, Encoded, Note
+from halfbyte.data.chat import IGNORE_INDEX, ChatEncoder, Encoded
 from halfbyte.data.formats import Example
+from halfbyte.data.notes import Note
 from halfbyte.errors import DataError
 from halfbyte.gguf.tokenizer import GgufTokenizer
 

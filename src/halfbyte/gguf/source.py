@@ -17,7 +17,7 @@ from halfbyte.adapters.files import CONFIG_FILE
 from halfbyte.errors import CheckpointError, ConfigError
 from halfbyte.export.base import BaseWeights
 from halfbyte.export.choice import Choice, choose
-from halfbyte.export.config import MergeConfig
+from halfbyte.export.config import Form, MergeConfig
 from halfbyte.export.plan import Plan, Step
 from halfbyte.export.source import Source as MergeSource
 from halfbyte.export.updates import ReplaceUpdate
@@ -64,19 +64,23 @@ class Source:
                 yield there, tensor.float().cpu()
 
 
-def open_source(folder: str | Path, config: MergeConfig | None = None) -> Source:
+def open_source(
+    folder: str | Path, config: MergeConfig | None = None, *, base_only: bool = False
+) -> Source:
     """Find what is to be written, without reading weights.
 
     Args:
         folder: A run's folder, an adapter's, a model's, or a model's name on the hub.
         config: How to merge, where there is an adapter.
+        base_only: Leave the adapter out: its base alone, as training saw it.
 
     Raises:
         HalfbyteError: something is missing, damaged, or cannot be exported.
     """
     path = Path(folder)
     if (path / CONFIG_FILE).is_file():
-        return _open_adapter(path, dataclasses.replace(config or MergeConfig(), dtype="float32"))
+        settings = dataclasses.replace(config or MergeConfig(), dtype="float32")
+        return _open_base(path, settings) if base_only else _open_adapter(path, settings)
     base = find_folder(folder)
     skeleton = read_skeleton(base)
     weights = BaseWeights(skeleton)
@@ -111,6 +115,19 @@ def _open_adapter(path: Path, config: MergeConfig) -> Source:
             if isinstance(update, ReplaceUpdate) and name in shapes:  # it may have more rows
                 shapes[name] = tuple(merging.adapter.tensors[update.copy].shape)
     return dataclasses.replace(source, shapes=shapes, choice=choice)
+
+
+def _open_base(path: Path, config: MergeConfig) -> Source:
+    """Open an adapter's base as training saw it, with the tokenizer that it was trained with."""
+    merging = MergeSource.find(path, config)
+    plan = Plan(tuple(Step(name, name) for name in BaseWeights(merging.skeleton).names))
+    form: Form = "original" if config.onto == "original" else "dequantized"
+    merger = dataclasses.replace(merging.merger(form), plan=plan)
+
+    def read() -> Iterator[tuple[str, Tensor]]:
+        return ((merged.name, merged.dense()) for merged in merger.tensors())
+
+    return _source(merging.folder, merging.skeleton, plan, read, path)
 
 
 def _source(

@@ -20,11 +20,9 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 from halfbyte.errors import CheckpointError
 from halfbyte.gguf.pretokenizers import pre_tokenizer_named
-from halfbyte.gguf.vocabulary import SPACE
+from halfbyte.gguf.vocabulary import SPACE, STRIPPING_NAMES
 
 _SPECIAL = (gguf.TokenType.CONTROL, gguf.TokenType.USER_DEFINED, gguf.TokenType.UNKNOWN)
-# llama.cpp drops the space behind special tokens where the model's name says Phi-3.
-STRIPPING_NAMES = ("phi-3", "phi3")
 _NOT_STRIPPED = ("<unk>", "<s>", "<|endoftext|>")
 
 

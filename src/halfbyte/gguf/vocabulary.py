@@ -20,6 +20,8 @@ from halfbyte.generate.prompts import end_of_turn_id
 from halfbyte.gguf.pretokenizers import find_pre_tokenizer
 
 SPACE = "\u2581"  # SentencePiece's visible space
+# llama.cpp drops the space behind special tokens where the model's name has one of these.
+STRIPPING_NAMES = ("phi-3", "phi3")
 _BYTE = re.compile(r"<0x[0-9A-F]{2}>")
 _GENERATION = re.compile(r"{%([-+]?)\s*(end)?generation\s*([-+]?)%}")
 
@@ -132,6 +134,19 @@ def served_template(tokenizer: PreTrainedTokenizerBase) -> str | None:
         return f"{{%{left} {'endif' if end else 'if true'} {right}%}}"
 
     return _GENERATION.sub(replace, str(tokenizer.get_chat_template()))
+
+
+def model_name(name: str, tokenizer: PreTrainedTokenizerBase) -> str:
+    """Return what the file calls its model.
+
+    Phi-3's special tokens swallow the space behind them; llama.cpp does that where the name says
+    that it is a Phi-3.
+    """
+    strips = any(
+        token.special and token.rstrip for token in tokenizer.added_tokens_decoder.values()
+    )
+    is_named = any(part in name.lower() for part in STRIPPING_NAMES)
+    return f"{name} (phi-3)" if strips and not is_named else name
 
 
 def _tokens(tokenizer: PreTrainedTokenizerBase, num_rows: int) -> list[str]:

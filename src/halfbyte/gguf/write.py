@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import gguf
+import numpy as np
 import torch
 from gguf import GGMLQuantizationType
 from rich.console import Console
@@ -33,7 +34,9 @@ from halfbyte.gguf.types import (
     num_bytes,
     tensor_type,
 )
-from halfbyte.gguf.vocabulary import make_vocabulary
+from halfbyte.gguf.vocabulary import make_vocabulary, model_name
+
+_LARGEST_F16 = 65504
 
 
 @dataclass(frozen=True)
@@ -58,7 +61,7 @@ class GgufResult:
 
 
 @dataclass(frozen=True)
-class _Entry:
+class Entry:
     """One tensor of the file."""
 
     name: str
@@ -72,6 +75,7 @@ def export_gguf(
     file_type: str = "f16",
     *,
     merge: MergeConfig | None = None,
+    base_only: bool = False,
     conversations: Sequence[Example] = (),
     allow_differences: bool = False,
     overwrite: bool = False,
@@ -83,6 +87,7 @@ def export_gguf(
         to: The file to write.
         file_type: f32, f16, bf16, q8_0, q4_0 or q4_k_m.
         merge: How an adapter is merged; without rows to measure on, onto the dequantized base.
+        base_only: Leave the adapter out: write the base as training saw it.
         conversations: Rows of the training data, whose prompts must come out the same.
         allow_differences: Write the file although they do not.
         overwrite: Replace `to` if it is there.
@@ -94,7 +99,7 @@ def export_gguf(
     """
     kind = check_file_type(file_type)
     check_target(Path(to), overwrite=overwrite)
-    source = open_source(folder, merge)
+    source = open_source(folder, merge, base_only=base_only)
     source.family.check(source.config, is_tied=source.is_tied)
     entries = _entries(source, kind)
     with replacing(Path(to)) as partial:
@@ -109,7 +114,7 @@ def export_gguf(
     return GgufResult(
         path=Path(to),
         architecture=source.family.name,
-        tensors=_count(entry.kind for entry in entries.values()),
+        tensors=count(entry.kind for entry in entries.values()),
         num_bytes=Path(to).stat().st_size,
         parity=parity,
         notices=[*(source.choice.words() if source.choice else []), *limits(source.config)],
@@ -163,39 +168,52 @@ def check_room(folder: Path, needed: int) -> None:
         )
 
 
-def new_writer(path: Path, architecture: str) -> gguf.GGUFWriter:
-    """Return a writer that streams into `path`."""
-    return gguf.GGUFWriter(path, architecture)
-
-
 def write_tensors(
-    writer: gguf.GGUFWriter, tensors: Iterator[tuple[_Entry, Tensor]], total: int
+    writer: gguf.GGUFWriter, entries: Sequence[Entry], tensors: Iterator[tuple[Entry, Tensor]]
 ) -> None:
     """Write the header, then the tensors as they come, with a bar in a terminal.
 
+    Args:
+        writer: Its metadata are complete; it is closed in the end.
+        entries: Every tensor, in order.
+        tensors: The same with their float32 values.
+
     Raises:
-        CheckpointError: a value does not fit its type.
+        CheckpointError: a value does not fit its type, or the disk is too small.
     """
     console = Console(stderr=True)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_ti_data_to_file()
-    shown = track(
-        tensors, "writing", total, console=console, transient=True, disable=not console.is_terminal
-    )
     try:
-        for entry, tensor in shown:
-            if entry.kind == GGMLQuantizationType.F16 and tensor.abs().max() > 65504:
-                raise CheckpointError(
-                    f"{entry.name} has values of {float(tensor.abs().max()):.3g}, too large for f16",
-                    hint="choose bf16 or q8_0",
-                )
+        for entry in entries:
+            # The library takes the shape in values for every dtype but uint8.
+            size, dtype = num_bytes(entry.shape, entry.kind), np.dtype(np.float32)
+            writer.add_tensor_info(entry.name, entry.shape, dtype, size, raw_dtype=entry.kind)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        for entry, tensor in track(
+            tensors,
+            "writing",
+            len(entries),
+            console=console,
+            transient=True,
+            disable=not console.is_terminal,
+        ):
+            _check_range(entry, tensor)
             writer.write_tensor_data(encode(tensor.contiguous(), entry.kind))
     finally:
         writer.close()
 
 
-def _entries(source: Source, file_type: FileType) -> dict[str, _Entry]:
+def _check_range(entry: Entry, tensor: Tensor) -> None:
+    peak = float(tensor.abs().max())
+    if entry.kind == GGMLQuantizationType.F16 and peak > _LARGEST_F16:
+        raise CheckpointError(
+            f"{entry.name} has values of {peak:.3g}, too large for f16",
+            hint="choose bf16 or q8_0",
+        )
+
+
+def _entries(source: Source, file_type: FileType) -> dict[str, Entry]:
     """Return the tensors of the file by their names in transformers.
 
     Raises:
@@ -213,48 +231,38 @@ def _entries(source: Source, file_type: FileType) -> dict[str, _Entry]:
                 hint="use the merged folder with transformers or vLLM",
             )
         kind = tensor_type(there, shape, file_type, num_layers=layers, output=output)
-        entries[name] = _Entry(there, shape, kind)
+        entries[name] = Entry(there, shape, kind)
     return entries
 
 
-def _write(source: Source, entries: dict[str, _Entry], file_type: FileType, partial: Path) -> None:
-    writer = new_writer(partial, source.family.name)
+def _write(source: Source, entries: dict[str, Entry], file_type: FileType, partial: Path) -> None:
+    writer, config = gguf.GGUFWriter(partial, source.family.name), source.config
+    tokenizer = source.tokenizer
     writer.add_type(gguf.GGUFType.MODEL)
-    writer.add_name(source.folder.resolve().name)
+    writer.add_name(model_name(source.folder.resolve().name, tokenizer))
     writer.add_file_type(FILE_TYPES[file_type])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-    config = source.config
-    rows = source.shapes[EMBEDDING][0]
     config_bos = config.bos_token_id if isinstance(config.bos_token_id, int) else None
     factors = write_settings(writer, source.family, config)
-    make_vocabulary(source.tokenizer, rows, config_bos).write(writer)
+    make_vocabulary(tokenizer, source.shapes[EMBEDDING][0], config_bos).write(writer)
     extra = [
-        (_Entry(name, tuple(tensor.shape), GGMLQuantizationType.F32), tensor)
+        (Entry(name, tuple(tensor.shape), GGMLQuantizationType.F32), tensor)
         for name, tensor in factors.items()
     ]
     every = [*(entry for entry, _ in extra), *entries.values()]
     check_room(partial.parent, sum(num_bytes(entry.shape, entry.kind) for entry in every))
-    for entry in every:
-        add_entry(writer, entry.name, entry.shape, entry.kind)
 
-    def tensors() -> Iterator[tuple[_Entry, Tensor]]:
+    def tensors() -> Iterator[tuple[Entry, Tensor]]:
         yield from extra
         for name, tensor in source.tensors():
             yield entries[name], source.family.convert(name, tensor, config)
 
     with torch.inference_mode():
-        write_tensors(writer, tensors(), len(every))
+        write_tensors(writer, every, tensors())
 
 
-def add_entry(
-    writer: gguf.GGUFWriter, name: str, shape: Sequence[int], kind: GGMLQuantizationType
-) -> None:
-    """Announce a tensor, which is written later."""
-    # The library takes its shape in values for every dtype but uint8.
-    writer.add_tensor_info(name, shape, torch.float32, num_bytes(shape, kind), raw_dtype=kind)
-
-
-def _count(kinds: Iterator[GGMLQuantizationType]) -> dict[str, int]:
+def count(kinds: Iterator[GGMLQuantizationType]) -> dict[str, int]:
+    """Return how many tensors have each type."""
     counts: dict[str, int] = {}
     for kind in kinds:
         counts[kind.name] = counts.get(kind.name, 0) + 1
