@@ -8,6 +8,8 @@ from typing import Any, cast
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
+from halfbyte.generate.decoding import Decoding
+from halfbyte.generate.dense import dense_weights
 from halfbyte.generate.prompts import Prompt, pad_token_id, prompt_ids, room_for, stop_token_ids
 from halfbyte.generate.sampling import Sampling
 
@@ -22,6 +24,11 @@ class _CallbackStreamer(TextStreamer):
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:  # noqa: FBT001, FBT002
         if text:
             self._stream(text)
+
+    def put_one(self, token: int) -> None:
+        """Take a token of the answer, without the prompt before it."""
+        self.next_tokens_are_prompt = False
+        self.put(torch.tensor([token]))
 
 
 @contextlib.contextmanager
@@ -51,6 +58,7 @@ def generate(
     *,
     stream: Callable[[str], None] | None = None,
     sampling: Sampling | None = None,
+    decoding: Decoding | None = None,
     **settings: Any,
 ) -> str:
     """Return the model's answer to a prompt, without the prompt.
@@ -62,6 +70,7 @@ def generate(
             rendered with the tokenizer's chat template.
         stream: Called with each new piece of text as soon as it is there.
         sampling: How tokens are chosen.
+        decoding: Give the same one to every call, and the fused decoder is made once.
         settings: Fields of `Sampling` that differ: max_new_tokens, temperature, top_p, top_k,
             repetition_penalty, seed.
 
@@ -72,15 +81,24 @@ def generate(
     sampling = replace(sampling or Sampling(), **settings)
     ids = prompt_ids(tokenizer, prompt)
     room = room_for(model, len(ids), sampling.max_new_tokens)
-    config = replace(sampling, max_new_tokens=room).generation_config(
-        stop_token_ids=stop_token_ids(model, tokenizer), pad_token_id=pad_token_id(tokenizer)
-    )
-    input_ids = torch.tensor([ids], device=model.device)
-    with evaluating(model), seeded(sampling.seed, model.device):
+    sampling = replace(sampling, max_new_tokens=room)
+    stops = stop_token_ids(model, tokenizer)
+    streamer = _CallbackStreamer(tokenizer, stream) if stream is not None else None
+    with evaluating(model), seeded(sampling.seed, model.device), dense_weights(model):
+        answers = (decoding or Decoding()).answer(
+            model, [ids], sampling, stops, None if streamer is None else streamer.put_one
+        )
+        if answers is not None:
+            if streamer is not None:
+                streamer.end()
+            return str(tokenizer.decode(answers[0], skip_special_tokens=True))
+        input_ids = torch.tensor([ids], device=model.device)
         output = cast(Any, model).generate(
             input_ids=input_ids,
             attention_mask=torch.ones_like(input_ids),
-            generation_config=config,
-            streamer=_CallbackStreamer(tokenizer, stream) if stream is not None else None,
+            generation_config=sampling.generation_config(
+                stop_token_ids=stops, pad_token_id=pad_token_id(tokenizer)
+            ),
+            streamer=streamer,
         )
     return str(tokenizer.decode(output[0, len(ids) :], skip_special_tokens=True))

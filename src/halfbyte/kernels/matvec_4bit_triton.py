@@ -7,6 +7,8 @@ bytes of each of its rows at a time.
 `lookup_4bit` says how codes become numbers.
 """
 
+# mypy: allow-untyped-defs, allow-incomplete-defs
+
 import torch
 import triton
 import triton.language as tl
@@ -309,7 +311,8 @@ def _weights(group, absent) -> tuple[list[Tensor], list[int]]:
 
 def matvec_4bit(x, group, *, before=None, residual=None, rows=None) -> Tensor:
     if not _fits(x, group):
-        return _dispatching_matvec_4bit.__wrapped__(x, group, before=before, residual=residual)
+        reference = _dispatching_matvec_4bit.__wrapped__  # type: ignore[attr-defined]
+        return reference(x, group, before=before, residual=residual)
     first = group.weights[0]
     how = lookup(first.quant_type, x.device)
     with torch.cuda.device_of(x):

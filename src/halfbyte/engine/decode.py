@@ -1,0 +1,213 @@
+"""Tokens one after another by the fused step: recorded as a CUDA graph, read a few steps behind.
+
+The host never waits for the token that it has just asked for: it launches ahead, and looks at
+tokens when they are `_BEHIND` steps old. A few steps after a stop token are run for nothing.
+
+Shape letters: B sequences, V vocabulary, n tokens so far.
+"""
+
+import importlib.util
+from collections import deque
+from collections.abc import Callable, Collection, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from halfbyte.engine import body as engine_body
+from halfbyte.engine.decode_step import DecodeStep
+
+# Layers whose every detail the step computes; the training engine may know more.
+_LAYERS = {"LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer"}
+# Rotations whose angles do not depend on how long a sequence is.
+_ROPES = {"default", "linear", "llama3", "yarn"}
+_BEHIND = 4
+_SHARE_OF_FREE_MEMORY = 0.8
+
+Choose = Callable[[Tensor, Tensor], Tensor]
+
+
+def obstacle(model: nn.Module) -> str | None:
+    """Return why the fused step cannot serve a causal language model, or None where it can."""
+    configs = getattr(model, "peft_config", {})
+    if any(getattr(config, "is_prompt_learning", False) for config in configs.values()):
+        return "its adapter changes the prompt"
+    body, head = _parts(model)
+    if body is None or head is None:
+        return "it is not a body with a head"
+    reason = engine_body.obstacle(body)
+    if reason is not None:
+        return reason
+    kinds = {type(layer).__name__ for layer in body.layers}
+    if not kinds <= _LAYERS:
+        return f"its layers are {', '.join(sorted(kinds))}"
+    if body.rotary_emb.rope_type not in _ROPES:
+        return f"its rope_type is {body.rotary_emb.rope_type}"
+    size = int(body.layers[0].self_attn.head_dim)
+    if size < 16 or size & (size - 1):
+        return f"its head size is {size}"
+    devices = {tensor.device for tensor in model.parameters()}
+    if len(devices) > 1:
+        return "it is spread over several devices"
+    if devices.pop().type == "cuda" and importlib.util.find_spec("triton") is None:
+        return "Triton is not installed"
+    return None
+
+
+def cache_fits(model: nn.Module, batch: int, length: int) -> bool:
+    """Whether the device has room for the cache of a decoder."""
+    body, _ = _parts(model)
+    weight, config = body.embed_tokens.weight, body.config
+    if weight.device.type != "cuda":
+        return True
+    heads = config.num_key_value_heads * int(body.layers[0].self_attn.head_dim)
+    needed = 2 * len(body.layers) * batch * length * heads * weight.element_size()
+    free, _ = torch.cuda.mem_get_info(weight.device)
+    free += torch.cuda.memory_reserved(weight.device) - torch.cuda.memory_allocated(weight.device)
+    return needed < _SHARE_OF_FREE_MEMORY * free
+
+
+class Decoder:
+    """Answers to up to B prompts at a time.
+
+    Args:
+        model: A causal language model without an `obstacle`, in evaluation mode.
+        batch: B.
+        length: Room for each prompt and its answer.
+    """
+
+    def __init__(self, model: nn.Module, *, batch: int, length: int) -> None:
+        body, head = _parts(model)
+        self._signature = _signature(model)
+        self._step = DecodeStep(body, head, batch, length)
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._logits: Tensor | None = None
+        if self._step.tokens.is_cuda:
+            self._record()
+
+    def serves(self, model: nn.Module, *, batch: int, length: int) -> bool:
+        """Whether it can answer for this model, as it is now, and has the room."""
+        step = self._step
+        has_room = batch <= step.batch and length <= step.length
+        return has_room and _signature(model) == self._signature
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        *,
+        max_new_tokens: int,
+        stop: Collection[int],
+        choose: Choose,
+        on_token: Callable[[int], None] | None = None,
+    ) -> list[list[int]]:
+        """Return the tokens that follow each prompt, up to and with one of `stop`.
+
+        Args:
+            prompts: Token ids; with `max_new_tokens` more, each has room.
+            max_new_tokens: 1 or more.
+            stop: Tokens that end an answer.
+            choose: From the ids so far `[B, n]` (short prompts are filled up with their first
+                token, on the left) and logits `[B, V]` to the next ids `[B]`, on the device.
+            on_token: Called with each token of the first answer.
+        """
+        step = self._step
+        rows = [list(prompt) for prompt in prompts]
+        rows += [rows[0]] * (step.batch - len(rows))
+        width = max(map(len, rows))
+        filled = [[row[0]] * (width - len(row)) + row for row in rows]
+        ids = torch.zeros(
+            step.batch, width + max_new_tokens, dtype=torch.int64, device=step.tokens.device
+        )
+        ids[:, :width] = torch.tensor(filled, device=ids.device)
+        answers = _Answers(len(prompts), frozenset(stop), on_token)
+        fetched: deque[_Fetched] = deque()
+        step.refresh()
+        logits = step.prefill(rows)
+        for n in range(width, width + max_new_tokens):
+            chosen = choose(ids[:, :n], logits)
+            ids[:, n] = chosen
+            fetched.append(_Fetched(chosen))
+            if len(fetched) > _BEHIND and not answers.take(fetched.popleft()):
+                break
+            if n + 1 < width + max_new_tokens:
+                step.tokens.copy_(chosen)
+                logits = self._advance()
+        while fetched and answers.take(fetched.popleft()):
+            pass
+        return answers.tokens
+
+    def _advance(self) -> Tensor:
+        if self._graph is None or self._logits is None:
+            return self._step()
+        self._graph.replay()
+        return self._logits
+
+    def _record(self) -> None:
+        """Record the step, after a run on the side that compiles its kernels."""
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            self._step()
+        torch.cuda.current_stream().wait_stream(side)
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._graph):
+            self._logits = self._step()
+
+
+class _Fetched:
+    """Tokens on their way to the host."""
+
+    def __init__(self, tokens: Tensor) -> None:
+        self._event: torch.cuda.Event | None = None
+        self._tokens = tokens
+        if tokens.is_cuda:
+            self._tokens = torch.empty(tokens.shape, dtype=tokens.dtype, pin_memory=True)
+            self._tokens.copy_(tokens, non_blocking=True)
+            self._event = torch.cuda.Event()
+            self._event.record()
+
+    def wait(self) -> list[int]:
+        """Return them once they are there."""
+        if self._event is not None:
+            self._event.synchronize()
+        return self._tokens.tolist()
+
+
+class _Answers:
+    """What has come of each answer."""
+
+    def __init__(
+        self, count: int, stop: frozenset[int], on_token: Callable[[int], None] | None
+    ) -> None:
+        self.tokens: list[list[int]] = [[] for _ in range(count)]
+        self._open = set(range(count))
+        self._stop = stop
+        self._on_token = on_token
+
+    def take(self, fetched: _Fetched) -> bool:
+        """Add one token to each open answer; return whether any is still open."""
+        new = fetched.wait()
+        for row in sorted(self._open):
+            self.tokens[row].append(new[row])
+            if new[row] in self._stop:
+                self._open.remove(row)
+            if row == 0 and self._on_token is not None:
+                self._on_token(new[row])
+        return bool(self._open)
+
+
+def _parts(model: Any) -> tuple[Any, Any]:
+    """Return the body and the head of a causal language model, under an adapter or not."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return getattr(base, "model", None), getattr(base, "lm_head", None)
+
+
+def _signature(model: nn.Module) -> tuple[Any, ...]:
+    """Return what a decoder relies on: where the tensors are, and which adapters count how much."""
+    places = tuple(tensor.data_ptr() for tensor in model.parameters())
+    layers: list[Any] = [module for module in model.modules() if hasattr(module, "lora_A")]
+    adapters = tuple(
+        (tuple(layer.active_adapters), layer.disable_adapters, tuple(layer.scaling.items()))
+        for layer in layers
+    )
+    return places, adapters

@@ -1,0 +1,141 @@
+"""One token of each sequence through a Llama-shaped model, over a static key-value cache.
+
+Everything a step reads or writes stays where it is: token ids, positions, cache and logits are
+tensors of fixed size on the device. So a step can be recorded once as a CUDA graph and replayed
+for every token. The weights stay in four bits (`kernels.matvec_4bit`); adapters are copied to the
+model's dtype, side by side, since they are read whole for every token.
+
+Shape letters: B sequences, L room for each, V vocabulary, D head size.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+from halfbyte.engine.layer import FusedLayer
+from halfbyte.engine.projections import Siblings
+from halfbyte.kernels.decode_attention import decode_attention_
+from halfbyte.kernels.matvec_4bit import Gate, Group, Norm, apply_before, matvec_4bit
+
+
+@dataclass(frozen=True)
+class _Projections:
+    """Siblings, and the group that shares their weights and holds copies of their adapters."""
+
+    siblings: Siblings
+    group: Group
+
+    @classmethod
+    def of(cls, siblings: Siblings, like: Tensor) -> "_Projections":
+        """Make room for copies in the dtype and on the device of `like`."""
+        parts = siblings.projections
+        rank, bias = max(p.rank for p in parts), None
+        if siblings.has_bias:
+            empty = [like.new_zeros(p.weight.shape[0]) for p in parts]
+            both = zip(parts, empty, strict=True)
+            bias = torch.cat([zeros if p.bias is None else p.bias.detach() for p, zeros in both])
+        group = Group(
+            tuple(p.weight for p in parts),
+            like.new_zeros(len(parts) * rank, siblings.inputs) if rank else None,
+            like.new_zeros(siblings.outputs, rank) if rank else None,
+            bias,
+        )
+        return cls(siblings, group)
+
+    def refresh(self) -> None:
+        """Copy the adapters as they are now."""
+        lora_A, lora_B = self.group.lora_A, self.group.lora_B
+        if lora_A is None or lora_B is None:
+            return
+        rank, start = lora_B.shape[1], 0
+        for index, p in enumerate(self.siblings.projections):
+            if p.lora_A is not None and p.lora_B is not None:
+                lora_A[index * rank : index * rank + p.rank].copy_(p.lora_A)
+                rows = lora_B[start : start + p.weight.shape[0], : p.rank]
+                rows.copy_(p.lora_B * p.scaling)
+            start += int(p.weight.shape[0])
+
+
+class _Layer:
+    """What a step needs of a decoder layer."""
+
+    def __init__(self, layer: FusedLayer, like: Tensor) -> None:
+        shape = layer.shape
+        self.scale = layer.scale
+        self.before_attention = Norm(layer.input_norm, shape.input_eps)
+        self.before_mlp = Norm(layer.post_norm, shape.post_eps)
+        self.gate = Gate(shape.activation)
+        groups = (layer.qkv, layer.out.o, layer.out.gate_up, layer.out.down)
+        self.projections = [_Projections.of(siblings, like) for siblings in groups]
+        self.qkv, self.o, self.gate_up, self.down = (p.group for p in self.projections)
+
+
+class DecodeStep:
+    """The static tensors of a step, and the step.
+
+    Args:
+        body: The transformers body (`LlamaModel` and its like).
+        head: What makes logits of its hidden states.
+        batch: B.
+        length: L.
+    """
+
+    def __init__(self, body: Any, head: Any, batch: int, length: int) -> None:
+        self.body, self.head = body, head
+        self.batch, self.length = batch, length
+        like = body.embed_tokens.weight.detach()
+        self.layers = [
+            _Layer(FusedLayer(layer, body.config, index), like)
+            for index, layer in enumerate(body.layers)
+        ]
+        size = int(body.layers[0].self_attn.head_dim)
+        cache = (len(self.layers), 2, batch, body.config.num_key_value_heads, length, size)
+        self.cache = like.new_empty(cache)
+        self.tokens = torch.zeros(batch, dtype=torch.int64, device=like.device)
+        self.positions = torch.zeros(batch, dtype=torch.int32, device=like.device)
+        places = torch.arange(length, device=like.device).unsqueeze(0)
+        cos, sin = body.rotary_emb(like, position_ids=places)
+        self.cos, self.sin = cos[0].contiguous(), sin[0].contiguous()
+        self.final = Norm(body.norm.weight.detach().float(), float(body.norm.variance_epsilon))
+
+    def refresh(self) -> None:
+        """Copy the adapters as they are now."""
+        for layer in self.layers:
+            for projections in layer.projections:
+                projections.refresh()
+
+    @torch.no_grad()
+    def prefill(self, prompts: list[list[int]]) -> Tensor:
+        """Fill the cache with B prompts and return the logits after each, `[B, V]`."""
+        lengths = torch.tensor([len(prompt) for prompt in prompts], device=self.tokens.device)
+        width = int(max(map(len, prompts)))
+        # Padding on the right: no token sees what comes after it, and the next ones overwrite it.
+        padded = [[*prompt, *[0] * (width - len(prompt))] for prompt in prompts]
+        ids = torch.tensor(padded, device=self.tokens.device)
+        past: Any = DynamicCache()
+        hidden = self.body(input_ids=ids, past_key_values=past, use_cache=True)[0]
+        for cache, layer in zip(self.cache, past.layers, strict=True):
+            cache[0, :, :, :width] = layer.keys
+            cache[1, :, :, :width] = layer.values
+        self.positions.copy_(lengths)
+        logits: Tensor = self.head(hidden[torch.arange(self.batch, device=ids.device), lengths - 1])
+        return logits
+
+    @torch.no_grad()
+    def __call__(self) -> Tensor:
+        """Take `tokens` in at `positions`, move on by one, and return the logits `[B, V]`."""
+        x = self.body.embed_tokens(self.tokens)
+        for layer, (keys, values) in zip(self.layers, self.cache, strict=True):
+            qkv = matvec_4bit(x, layer.qkv, before=layer.before_attention)
+            mixed = decode_attention_(
+                qkv, self.cos, self.sin, self.positions, keys, values, layer.scale
+            )
+            x = matvec_4bit(mixed, layer.o, residual=x)
+            gate_up = matvec_4bit(x, layer.gate_up, before=layer.before_mlp)
+            x = matvec_4bit(gate_up, layer.down, before=layer.gate, residual=x)
+        self.positions += 1
+        logits: Tensor = self.head(apply_before(x, self.final))
+        return logits
