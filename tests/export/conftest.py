@@ -47,3 +47,18 @@ def make_adapter(tmp_path):
         return folder, adapted
 
     return make
+
+
+@pytest.fixture
+def rows():
+    """Conversations to measure on."""
+    texts = [("hello", "good day"), ("2+2?", "4"), ("who?", "a tiny model"), ("bye", "see you")]
+    return [
+        {
+            "messages": [
+                {"role": "user", "content": question},
+                {"role": "assistant", "content": answer},
+            ]
+        }
+        for question, answer in texts
+    ]

@@ -39,6 +39,7 @@ _UNDERSTOOD = {
 # Initialisations that leave the base as it is; the others (PiSSA, OLoRA, LoftQ...) change it.
 _PLAIN_INITS = (True, False, "gaussian", "orthogonal", "eva")
 _PEFT_MERGES = "merge it with peft's own merge_and_unload"
+_TABLES = ("embed_tokens.weight", "lm_head.weight")  # those of peft's EMBEDDING_LAYER_NAMES
 _PART = re.compile(
     r"^(?P<module>.+)\.(?P<part>lora_A\.weight|lora_B\.weight|lora_B\.bias|lora_embedding_A"
     r"|lora_embedding_B|lora_magnitude_vector(?:\.weight)?|token_adapter\.trainable_tokens_delta"
@@ -131,10 +132,14 @@ def updates_by_tensor(
 
 
 def _is_trained_copy(config: peft.LoraConfig, name: str) -> bool:
-    module = name.rpartition(".")[0]
-    saved = config.modules_to_save or []
-    is_saved = any(f".{part}." in f".{module}." for part in saved)
-    return is_saved or (config.bias != "none" and name.endswith(".bias"))
+    parts = name.split(".")
+    owners = [".".join(parts[:count]) for count in range(1, len(parts))]
+    # As peft matches them: a module is saved if its name ends with one of these.
+    saved = tuple(config.modules_to_save or ())
+    is_saved = any(owner.endswith(saved) for owner in owners)
+    # With new tokens peft saves the tables that grew, under these names alone.
+    is_table = name.endswith(_TABLES)
+    return is_saved or is_table or (config.bias != "none" and name.endswith(".bias"))
 
 
 def _module_updates(
