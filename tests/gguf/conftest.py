@@ -19,7 +19,7 @@ SIZES = {
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "max_position_embeddings": 512,
-    "vocab_size": 260,
+    "vocab_size": 270,  # more rows than tokens
     "bos_token_id": 256,
     "eos_token_id": 258,
     "pad_token_id": 256,
@@ -62,7 +62,7 @@ def randomize(model):
 
 
 @pytest.fixture(scope="session")
-def make_model(tiny_base, tmp_path_factory):
+def make_model(tmp_path_factory):
     """Return a function that writes a tiny model of a family, with the byte-level tokenizer."""
 
     def make(family, dtype=torch.float32, **settings) -> Path:
@@ -72,11 +72,37 @@ def make_model(tiny_base, tmp_path_factory):
         config = kind(**{**SIZES, **own, **settings})
         model = randomize(AutoModelForCausalLM.from_config(config).to(dtype))
         model.save_pretrained(folder)
-        for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
-            shutil.copy(tiny_base / name, folder / name)
+        make_byte_level().save_pretrained(folder)
         return folder
 
     return make
+
+
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def make_byte_level(pre_tokenizer=None, **settings) -> PreTrainedTokenizerFast:
+    """Return a byte-level BPE tokenizer with a few merges and a ChatML template."""
+    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    merges = [("t", "h"), ("th", "e"), ("Ġ", "the"), ("1", "2"), ("Ġ", "Ġ"), ("o", "n")]
+    vocabulary = {letter: index for index, letter in enumerate(alphabet)}
+    specials = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    for token in [*specials, *("".join(merge) for merge in merges)]:
+        vocabulary[token] = len(vocabulary)
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, merges, **settings))
+    byte_level = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.pre_tokenizer = pre_tokenizer or byte_level
+    backend.decoder = tokenizers.decoders.ByteLevel()
+    backend.add_special_tokens(specials)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        chat_template=CHATML,
+    )
 
 
 WORDS = ["▁the", "▁cat", "▁sat", "▁on", "he", "at", "▁t", "▁c", "▁s", "▁o", "▁▁", "he▁", "▁th"]

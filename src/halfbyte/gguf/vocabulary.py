@@ -106,6 +106,8 @@ def make_vocabulary(
     }
     merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
     if is_byte_level:
+        if not merges:
+            raise CheckpointError("the tokenizer has no merges, which llama.cpp needs")
         _check_normalizer(backend.get("normalizer"))
         pre = find_pre_tokenizer(backend).name
         return Vocabulary("gpt2", pre, tokens, merges=merges, **common)
@@ -145,8 +147,11 @@ def model_name(name: str, tokenizer: PreTrainedTokenizerBase) -> str:
     strips = any(
         token.special and token.rstrip for token in tokenizer.added_tokens_decoder.values()
     )
-    is_named = any(part in name.lower() for part in STRIPPING_NAMES)
-    return f"{name} (phi-3)" if strips and not is_named else name
+    if strips:
+        return f"{name} (phi-3)"
+    for part in STRIPPING_NAMES:
+        name = re.sub(re.escape(part), part.replace("3", "_3"), name, flags=re.IGNORECASE)
+    return name
 
 
 def _tokens(tokenizer: PreTrainedTokenizerBase, num_rows: int) -> list[str]:
