@@ -11,9 +11,11 @@ from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from halfbyte.checkpoint.reader import inside
 from halfbyte.errors import CheckpointError
 
 _PAD_NAMES = ("<|finetune_right_pad_id|>", "<|pad|>", "<pad>", "[PAD]", "<PAD>", "<|padding|>")
+_READ = (".json", ".jinja", ".model", ".txt")
 _RESERVED = re.compile(r"reserved|unused", re.IGNORECASE)
 
 
@@ -25,8 +27,12 @@ def load_tokenizer(folder: Path, num_embeddings: int) -> PreTrainedTokenizerBase
         num_embeddings: Rows of the model's embedding; token ids must lie below.
 
     Raises:
-        CheckpointError: there is none, it is damaged, or its special tokens have no embedding.
+        CheckpointError: there is none, it is damaged, a link out of the folder, or its
+            special tokens have no embedding.
     """
+    for path in folder.iterdir():
+        if path.suffix in _READ:  # what a link leads to would be saved beside the adapter
+            inside(folder, path.name)
     try:
         tokenizer: Any = AutoTokenizer.from_pretrained(
             folder, trust_remote_code=False, local_files_only=True

@@ -6,6 +6,7 @@ quantization (QLoRA, Dettmers et al. 2023, section 3) `absmax` itself is stored 
 """
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,17 +57,25 @@ class QuantizedWeight:
         """Quantize a float32, float16 or bfloat16 tensor on the device that it is on.
 
         Raises:
-            QuantizationError: it is empty or of another dtype, or holds NaN or Inf.
+            QuantizationError: it is empty or of another dtype, or holds NaN, Inf or numbers whose
+                scales have no mean.
         """
         weight = weight.detach()
         packed, absmax = nf4.quantize_4bit(weight, block_size=block_size, quant_type=quant_type)
         # The scale of a block is finite exactly where all of its elements are; NaN is a maximum.
-        if not bool(torch.isfinite(absmax.amax())):
+        largest = float(absmax.amax())
+        if not math.isfinite(largest):
             raise QuantizationError(
                 f"a weight of shape {list(weight.shape)} holds NaN or Inf",
                 hint="the checkpoint is damaged or its training diverged: take another one",
             )
         nested_absmax = nested_map = offset = None
+        if double_quant and largest * absmax.numel() > torch.finfo(torch.float32).max:
+            raise QuantizationError(
+                f"a weight of shape {list(weight.shape)} holds {largest:.3g}, and the mean of its "
+                "scales may overflow",
+                hint="the checkpoint is damaged; or set double_quant=False",
+            )
         if double_quant:
             absmax, nested_absmax, offset = nf4.quantize_absmax(absmax)
             nested_map = codebooks.dynamic_map().to(weight.device)

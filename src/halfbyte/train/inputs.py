@@ -3,16 +3,19 @@
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 
 import numpy as np
 from datasets import Dataset
+from peft import PeftModel
 
+from halfbyte.data.chat import IGNORE_INDEX
 from halfbyte.data.config import DataConfig
 from halfbyte.data.gather import InMemory
 from halfbyte.data.loader import row_lengths
 from halfbyte.data.prepare import prepare
 from halfbyte.data.summary import Summary
+from halfbyte.errors import DataError
 
 Data: TypeAlias = str | Path | DataConfig | Dataset | list[dict[str, Any]]
 
@@ -88,6 +91,40 @@ def tokenized(data: Data, tokenizer: Any, *, seed: int, prefer_held_out: bool = 
     if prefer_held_out and prepared.eval is not None:
         return prepared.eval
     return prepared.train
+
+
+def require_fitting(rows: Dataset, model: PeftModel) -> None:
+    """Refuse rows that the model has no embeddings or positions for.
+
+    A GPU would stop at them with an assertion that names neither, or look beyond the positions
+    that the model was trained on.
+
+    Raises:
+        DataError: a token's id is none of the embeddings', or a row is longer than the positions.
+    """
+    num_embeddings = cast(Any, model).get_input_embeddings().weight.shape[0]
+    table = rows.with_format("arrow")[:]
+    for name in ("input_ids", "labels"):
+        for chunk in table[name].chunks:
+            ids = np.asarray(chunk.flatten())
+            is_odd = (ids < 0) | (ids >= num_embeddings)
+            if name == "labels":
+                is_odd &= ids != IGNORE_INDEX
+            if is_odd.any():
+                raise DataError(
+                    f"{name} hold the token {ids[is_odd][0]}, and the model has {num_embeddings} "
+                    "embeddings",
+                    hint="take the tokenizer that belongs to this model",
+                )
+    config = cast(Any, model).config.get_text_config()
+    positions = getattr(config, "max_position_embeddings", None)
+    scaling = getattr(config, "rope_parameters", None) or {}
+    longest = int(row_lengths(rows).max(initial=0))
+    if positions and not scaling.get("factor") and longest > positions:
+        raise DataError(
+            f"a row has {longest} tokens, and the model has {positions} positions",
+            hint=f"set max_length: {positions}, and over_length to say what becomes of longer rows",
+        )
 
 
 def fingerprint(rows: Dataset) -> str:

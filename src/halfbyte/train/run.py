@@ -9,17 +9,18 @@ import torch
 from peft import PeftModel
 
 from halfbyte.data.loader import BatchPlan
+from halfbyte.errors import ConfigError
 from halfbyte.memory.activations import checkpoint_activations
 from halfbyte.optim.adamw import AdamW
 from halfbyte.optim.names import OPTIMIZERS
 from halfbyte.train.adapter_norms import AdapterProbe
 from halfbyte.train.config import TrainConfig, When, steps_between
-from halfbyte.train.directory import METRICS_FILE
+from halfbyte.train.directory import METRICS_FILE, checkpoints
 from halfbyte.train.display import make_display
 from halfbyte.train.events import Event, Listener, Notice, TrainingStarted
 from halfbyte.train.health import HealthMonitor
 from halfbyte.train.identity import identify, require_same
-from halfbyte.train.inputs import Data, Inputs, pad_token_id, prepare_inputs
+from halfbyte.train.inputs import Data, Inputs, pad_token_id, prepare_inputs, require_fitting
 from halfbyte.train.loss import LanguageModel
 from halfbyte.train.metrics import Averaged, MetricsFile
 from halfbyte.train.packing import prove_packing
@@ -101,6 +102,8 @@ def assemble(
         DataError: the data cannot be read, or would not train anything.
     """
     inputs = prepare_inputs(data, eval_data, tokenizer, seed=config.seed)
+    for rows in filter(None, (inputs.train, inputs.eval)):
+        require_fitting(rows, model)
     plan = BatchPlan(
         inputs.train,
         batch_size=config.per_device_train_batch_size,
@@ -134,7 +137,7 @@ def assemble(
             paged=paged,
         ),
         total_steps=total_steps,
-        identity=identify(model, inputs, config, total_steps),
+        identity=identify(model, inputs, plan, config, total_steps),
     )
 
 
@@ -155,10 +158,25 @@ def restore(run: Run) -> list[Notice]:
             *notices,
             Notice(f"nothing to resume in {run.output_dir}: starting from the first step"),
         ]
+    _refuse_newer(run.output_dir, saved.progress.step, str(config.resume_from_checkpoint))
     changes = require_same(saved.identity, run.identity, allowed=config.resume_with_changes)
     load_checkpoint(saved, run.model, run.optimizer)
     run.progress = saved.progress
     return notices + [Notice(f"resumed with a change: {line}") for line in changes]
+
+
+def _refuse_newer(output_dir: Path, step: int, resume: str) -> None:
+    """Find checkpoints that the resumed run would leave behind as if they were its own future.
+
+    Raises:
+        ConfigError: there are some; `auto` may pass over damaged ones, which it then replaces.
+    """
+    newer = [path.name for saved, path in checkpoints(output_dir) if saved > step]
+    if newer and resume != "auto":
+        raise ConfigError(
+            f"{output_dir} holds checkpoints after step {step}: {', '.join(newer)}",
+            hint="remove them to go on from the older one, or choose another output_dir",
+        )
 
 
 def announce(run: Run, listeners: Sequence[Listener], notices: Sequence[Notice]) -> None:
