@@ -1,5 +1,8 @@
 """Where we run, and in which dtype."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -48,6 +51,19 @@ def test_the_peak_covers_what_was_allocated():
     del block
     release_unused_memory("cpu")
     assert peak_rss_bytes() >= 2**28
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the system counts otherwise")
+def test_the_peak_is_not_that_of_the_parent():
+    """ru_maxrss of a forked process begins with its parent's."""
+    code = "from halfbyte.device import peak_rss_bytes; print(peak_rss_bytes())"
+    parent = (
+        "import subprocess, sys; ballast = bytearray(b'x') * (3 << 30 >> 1); "
+        "sys.exit(subprocess.run([sys.executable, '-c', sys.argv[1]]).returncode)"
+    )
+    command = [sys.executable, "-c", parent, code]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert int(done.stdout) < 3 << 29
 
 
 def test_available_bytes_are_some_of_those_that_there_are():

@@ -1,5 +1,6 @@
 """Where we run: device, compute dtype and memory in use."""
 
+import contextlib
 import ctypes
 import functools
 import resource
@@ -79,6 +80,10 @@ def available_bytes(device: torch.device | str) -> int | None:
 
 def peak_rss_bytes() -> int:
     """Return the largest resident set that this process ever had, in bytes."""
+    with contextlib.suppress(OSError):  # ru_maxrss would begin with the parent's peak on Linux
+        for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 

@@ -1,6 +1,9 @@
 """halfbyte train: one file, one run; what is wrong is said before anything is written."""
 
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 
@@ -140,3 +143,36 @@ def test_help_lists_every_setting(run):
     assert result.exit_code == 0
     for name in ("learning_rate", "lora_alpha", "double_quant", "chat_template", "--resume"):
         assert name in result.output
+
+
+def test_an_interruption_says_once_how_to_go_on(config, tmp_path):
+    child = (
+        "import signal, sys\n"
+        "from halfbyte.cli import train\n"
+        "from halfbyte.cli.main import main\n"
+        "from halfbyte.train.events import StepFinished\n"
+        "def stop(event):\n"
+        "    if isinstance(event, StepFinished): signal.raise_signal(signal.SIGTERM)\n"
+        "train._record = lambda config: stop\n"
+        "main()\n"
+    )
+    command = [sys.executable, "-c", child, "train", str(config), "max_steps=9"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert done.returncode == 143
+    assert done.stderr.count("hint: ") == 1
+    assert "resume_from_checkpoint=auto" in done.stderr
+    assert (tmp_path / "out" / "checkpoint-1").is_dir()
+
+
+def test_a_reader_that_goes_away_ends_no_run(config, tmp_path):
+    """`halfbyte train run.yaml | head -1`."""
+    ours, theirs = os.pipe()
+    os.close(ours)
+    command = [sys.executable, "-m", "halfbyte", "train", str(config)]
+    done = subprocess.run(
+        command, stdout=theirs, stderr=subprocess.PIPE, text=True, check=False, cwd=tmp_path
+    )
+    os.close(theirs)
+    assert done.returncode == 0, done.stderr
+    assert "BrokenPipe" not in done.stderr
+    assert (tmp_path / "out" / "adapter_model.safetensors").is_file()

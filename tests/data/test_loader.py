@@ -167,6 +167,18 @@ def test_packed_rows_give_the_logits_that_they_give_alone(attention):
                 torch.testing.assert_close(packed[row, start:end], alone, atol=1e-5, rtol=1e-4)
 
 
+def test_digest_is_that_of_the_order():
+    rows = rows_of([3, 9, 4, 2, 5])
+    digests = {
+        plan_of(rows, **settings).digest()
+        for settings in ({}, {"seed": 2}, {"shuffle": False}, {"packing": True})
+    }
+    assert len(digests) == 4
+    plan = plan_of(rows)
+    plan.step(3, 0)  # wherever it was asked from
+    assert plan.digest() in digests
+
+
 def test_a_batch_knows_its_rows():
     rows = rows_of([3, 9, 4, 2, 5])
     plan = plan_of(rows, packing=True)

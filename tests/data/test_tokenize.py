@@ -1,3 +1,6 @@
+import os
+import signal
+
 import datasets
 import pytest
 
@@ -116,3 +119,13 @@ def test_bars_are_as_before_afterwards():
         with progress_bars(shown=True):
             assert not datasets.are_progress_bars_disabled()
     assert datasets.are_progress_bars_disabled() == before
+
+
+def test_a_process_that_dies_is_an_error_and_not_a_hang(run, monkeypatch):
+    def die(*_, **__):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    monkeypatch.setattr(module, "tokenize_batch", die)
+    with pytest.raises(DataError, match=r"process that tokenized .* was killed") as caught:
+        run(num_proc=2)
+    assert "num_proc: 1" in caught.value.hint

@@ -16,10 +16,7 @@ import signal
 import sys
 import time
 import traceback
-import warnings
 from pathlib import Path
-
-warnings.simplefilter("ignore")
 
 import torch
 from datasets import Dataset
@@ -71,7 +68,7 @@ def start(out):
         return child
     try:
         run(out)
-    except BaseException as error:
+    except BaseException as error:  # noqa: BLE001 - nothing may return into the parent's code
         code = getattr(error, "exit_code", 1)
         if code == 1:
             traceback.print_exc()

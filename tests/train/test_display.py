@@ -1,6 +1,8 @@
 """The display: plain lines where nobody watches, a live panel in a terminal."""
 
 import io
+import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -79,6 +81,28 @@ def test_stopping_is_shown_and_the_terminal_given_back(terminal):
 def test_stopping_before_the_start_breaks_nothing():
     _, text = shown([TrainingStopped("no rows")], terminal=True)
     assert "no rows" in text
+
+
+def test_reader_that_goes_away_ends_nothing():
+    """`halfbyte train 2>&1 | head`: rich's own console would end the process."""
+    ours, theirs = os.pipe()
+    os.close(ours)
+    with os.fdopen(theirs, "w") as file, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "stderr", file)
+        display = make_display(log_every=1)
+        for event in EVENTS:
+            display(event)
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_full_disk_behind_the_display_ends_nothing(terminal):
+    class Full(io.StringIO):
+        def write(self, text):
+            raise OSError(28, "No space left on device")
+
+    display = make_display(log_every=1, console=Console(file=Full(), force_terminal=terminal))
+    for event in EVENTS:
+        display(event)
 
 
 def test_sparkline_averages_down_to_its_width():

@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from halfbyte.data.loader import BatchPlan
 from halfbyte.errors import ConfigError
 from halfbyte.train.config import TrainConfig
 from halfbyte.train.identity import identify, require_same
@@ -14,7 +15,17 @@ from halfbyte.train.inputs import Inputs
 def identity_of(make_lora, rows_of):
     def make(fingerprint="f", steps=9, lora=None, **settings):
         inputs = Inputs(rows_of([5, 6]), None, fingerprint)
-        return identify(make_lora(**(lora or {})), inputs, TrainConfig(**settings), steps)
+        config = TrainConfig(**settings)
+        plan = BatchPlan(
+            inputs.train,
+            batch_size=config.per_device_train_batch_size,
+            gradient_accumulation_steps=1,
+            packing=False,
+            max_length=0,
+            seed=config.seed,
+            pad_token_id=0,
+        )
+        return identify(make_lora(**(lora or {})), inputs, plan, config, steps)
 
     return make
 

@@ -12,7 +12,7 @@ HARNESS = Path(__file__).with_name("kill_harness.py")
 
 
 def kill(folder, kills, number, timeout):
-    command = [sys.executable, str(HARNESS), str(folder), str(kills), "0", number]
+    command = [sys.executable, "-W", "ignore", str(HARNESS), str(folder), str(kills), "0", number]
     done = subprocess.run(
         command,
         capture_output=True,

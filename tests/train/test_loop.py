@@ -10,7 +10,9 @@ from transformers import AutoTokenizer
 
 from halfbyte.data.config import DataConfig
 from halfbyte.errors import CheckpointError, ConfigError, DataError, TrainingError
+from halfbyte.train import metrics as metrics_module
 from halfbyte.train.config import TrainConfig
+from halfbyte.train.directory import locked
 from halfbyte.train.events import (
     CheckpointSaved,
     Evaluated,
@@ -209,9 +211,36 @@ def test_no_rows_is_an_error(make_lora, tokenizer, rows_of, settings):
         train(make_lora(), tokenizer, rows_of([]), settings())
 
 
-def test_missing_file_is_an_error(make_lora, tokenizer, settings):
+def test_missing_file_is_an_error_and_leaves_nothing(make_lora, tokenizer, settings, tmp_path):
     with pytest.raises(DataError, match=r"missing.jsonl"):
         train(make_lora(), tokenizer, "missing.jsonl", settings())
+    assert not (tmp_path / "out").exists()
+
+
+def test_directory_in_use_is_refused_before_the_data_are_read(
+    make_lora, tokenizer, settings, tmp_path
+):
+    with locked(tmp_path / "out"), pytest.raises(ConfigError, match="in use by another run"):
+        train(make_lora(), tokenizer, "missing.jsonl", settings())
+
+
+def test_metrics_that_the_disk_does_not_take_end_no_run(
+    make_lora, tokenizer, rows_of, settings, tmp_path, monkeypatch
+):
+    def refuse(path, content):
+        if b'"step": 3' in content:
+            raise OSError(28, "No space left on device")
+        append(path, content)
+
+    append = metrics_module._append
+    monkeypatch.setattr(metrics_module, "_append", refuse)
+    events = []
+    train(make_lora(), tokenizer, rows_of(LENGTHS), settings(), listeners=[events.append])
+    told = [event.message for event in events if isinstance(event, Notice)]
+    assert len(told) == 1
+    assert "No space left on device; training goes on" in told[0]
+    lines = (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [1, 2]  # 3 never fitted, nor what waits
 
 
 def test_warmup_longer_than_the_run_is_an_error(make_lora, tokenizer, rows_of, settings):
@@ -243,7 +272,7 @@ def test_nan_stops_the_run_and_poisons_nothing(make_lora, tokenizer, rows_of, se
             with torch.no_grad():
                 model.get_input_embeddings().weight.fill_(float("nan"))
 
-    with pytest.raises(TrainingError, match="step 4: the loss of micro-step 1 of 2"):
+    with pytest.raises(TrainingError, match=r"step 4: the loss of .* in rows .* of the data"):
         train(model, tokenizer, rows_of(LENGTHS), settings(save_steps=2), listeners=[poison])
     out = tmp_path / "out"
     assert [path.name for path in out.glob("checkpoint-*")] == ["checkpoint-2"]

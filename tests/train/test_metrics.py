@@ -2,9 +2,12 @@
 
 import json
 import math
+import resource
+import shutil
 
 import pytest
 
+from halfbyte.errors import CheckpointError
 from halfbyte.train.events import Evaluated, Notice, StepFinished, TrainingStopped
 from halfbyte.train.metrics import Averaged, MetricsFile, as_record
 
@@ -80,6 +83,39 @@ def test_resuming_keeps_what_was_done_and_drops_what_is_done_again(tmp_path):
         file.write('{"event": "step", "st')  # the crash came here
     MetricsFile(path, first_step=3)
     assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 2, 3]
+
+
+def test_case_71_lines_wait_for_room(tmp_path, monkeypatch):
+    path, warnings = tmp_path / "metrics.jsonl", []
+    listener = MetricsFile(path, first_step=0, warn=warnings.append)
+    listener(step(1))
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size + 40, before[1]))
+        listener(step(2))
+        listener(step(3))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert path.read_text().endswith("\n")  # never a part of a line
+    listener(step(4))
+    assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 2, 3, 4]
+    assert len(warnings) == 1
+    assert "training goes on" in warnings[0]
+
+
+def test_directory_that_is_gone_is_an_error(tmp_path):
+    (tmp_path / "out").mkdir()
+    listener = MetricsFile(tmp_path / "out" / "metrics.jsonl", first_step=0)
+    shutil.rmtree(tmp_path / "out")
+    with pytest.raises(CheckpointError, match="No such file"):
+        listener(step(1))
+
+
+def test_lines_that_a_power_cut_spoilt_are_left_out(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"step": 1}\n\x00\x00\x00\n[]\n{"step": 2}\n')
+    MetricsFile(path, first_step=5)
+    assert path.read_bytes() == b'{"step": 1}\n{"step": 2}\n'
 
 
 def test_new_run_starts_a_new_file(tmp_path):

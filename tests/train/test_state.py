@@ -1,11 +1,13 @@
 """A run that is stopped and resumed ends with the same bits as one that was not."""
 
 import contextlib
+import itertools
 import json
 import os
 import resource
 import shutil
 import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -16,6 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from halfbyte.checkpoint.publish import write_manifest
 from halfbyte.data.config import DataConfig
+from halfbyte.data.loader import BatchPlan
 from halfbyte.errors import AdapterError, CheckpointError, ConfigError, TrainingError
 from halfbyte.train import state as state_module
 from halfbyte.train.config import TrainConfig
@@ -249,6 +252,53 @@ def test_changed_data_are_refused(run, rows_of):
     run("cut", kill=3)
     with pytest.raises(ConfigError, match=r"data.fingerprint was .* is .*data.rows was 11, is 12"):
         run("cut", resume_from_checkpoint="auto", data=rows_of([*LENGTHS, 6]))
+
+
+def test_packer_that_orders_rows_otherwise_is_refused(run, monkeypatch):
+    """As another version of Halfbyte might."""
+    run("cut", kill=3)
+    monkeypatch.setattr(BatchPlan, "digest", lambda plan: "another order")
+    with pytest.raises(ConfigError, match=r"data.order was '\w{64}', is 'another order'"):
+        run("cut", resume_from_checkpoint="auto")
+
+
+def test_named_checkpoint_with_newer_ones_beside_it_is_refused(run):
+    out = run("cut", kill=5)
+    with pytest.raises(ConfigError, match="checkpoints after step 2: checkpoint-4, checkpoint-3"):
+        run("cut", resume_from_checkpoint=str(out / "checkpoint-2"))
+
+
+def test_named_checkpoint_elsewhere_starts_a_run_of_its_own(run, whole):
+    out = run("cut", kill=5)
+    branch = run("branch", resume_from_checkpoint=str(out / "checkpoint-2"))
+    assert adapter(branch) == whole()
+
+
+def test_checkpoint_says_what_it_holds(run):
+    state = json.loads((run("cut", kill=5) / "checkpoint-4" / "state.json").read_text())
+    assert state["next_batch"] == {"epoch": 1, "step": 1}
+    assert {"torch", "peft", "python", "halfbyte"} <= state["versions"].keys()
+    assert len(state["identity"]["data"]["order"]) == 64
+    assert state["identity"]["data"]["fingerprint"]
+
+
+def test_damaged_generators_are_an_error(run):
+    folder = run("cut", kill=3) / "checkpoint-2"
+    (folder / "rng.json").write_text('{"python": 3}')
+    write_manifest(folder)
+    with pytest.raises(CheckpointError, match=r"rng\.json cannot be read"):
+        run("cut", resume_from_checkpoint=str(folder))
+
+
+def test_case_81_clock_that_jumps_changes_nothing(run, whole, monkeypatch):
+    expected = whole()
+    clock = itertools.cycle([2e9, 0.0, 1e9])
+    monkeypatch.setattr(time, "time", lambda: next(clock))
+    run("cut", kill=5)
+    out = run("cut", resume_from_checkpoint="auto")
+    assert adapter(out) == expected
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert all(line["seconds"] > 0 for line in lines)
 
 
 def test_change_can_be_allowed_and_is_noted(run):

@@ -4,6 +4,7 @@ Nothing is consumed and nothing has a position: a resumed run asks for the next 
 what the undisturbed run would have got.
 """
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -128,6 +129,13 @@ class BatchPlan:
             )
             for i in range(0, len(chosen), self.batch_size)
         ]
+
+    def digest(self) -> str:
+        """Return the SHA-256 of the first epoch's order: which rows are in which sequence."""
+        sha = hashlib.sha256()
+        for sequence in self._sequences(0):
+            sha.update(len(sequence).to_bytes(8, "little") + sequence.astype("<i8").tobytes())
+        return sha.hexdigest()
 
     def _sequences(self, epoch: int) -> list[IntArray]:
         """Return the row numbers of each sequence, in the epoch's order."""

@@ -72,7 +72,7 @@ def tokenize(
         progress: Show a bar; by default where stderr is a terminal.
 
     Raises:
-        DataError: the cache cannot be used.
+        DataError: the cache cannot be used, or a process died.
     """
     key = cache_key(source, layout, encoder)
     folder = Path(cache_dir or Path(datasets.config.HF_DATASETS_CACHE) / "halfbyte") / key
@@ -97,6 +97,13 @@ def tokenize(
         return TokenRows.from_dataset(tokens), Facts.from_dataset(tokens), was_there
     except (OSError, pyarrow.ArrowInvalid) as error:
         raise DataError(f"the token cache {folder} cannot be used: {error}", hint=hint) from error
+    except RuntimeError as error:
+        if "abruptly died" not in str(error):
+            raise
+        raise DataError(
+            f"a process that tokenized {source.title} was killed, perhaps for its memory",
+            hint="set num_proc: 1, or a smaller number than there are cores",
+        ) from error
 
 
 def tokenize_batch(

@@ -11,6 +11,7 @@ from typing import Any
 from peft import PeftModel
 
 from halfbyte.adapters.identity import base_fingerprint, is_same_base
+from halfbyte.data.loader import BatchPlan
 from halfbyte.errors import ConfigError
 from halfbyte.train.config import TrainConfig
 from halfbyte.train.inputs import Inputs
@@ -44,14 +45,21 @@ _FREE_ADAPTER_FIELDS = {"base_model_name_or_path", "inference_mode", "peft_versi
 
 
 def identify(
-    model: PeftModel, inputs: Inputs, config: TrainConfig, total_steps: int
+    model: PeftModel, inputs: Inputs, plan: BatchPlan, config: TrainConfig, total_steps: int
 ) -> dict[str, Any]:
-    """Return the identity of a run as plain JSON values."""
+    """Return the identity of a run as plain JSON values.
+
+    `data.order` stands for shuffling and packing: a version that orders rows otherwise is another.
+    """
     adapter = model.peft_config[model.active_adapter].to_dict()
     identity = {
         "base": base_fingerprint(model),
         "adapter": {k: v for k, v in adapter.items() if v and k not in _FREE_ADAPTER_FIELDS},
-        "data": {"fingerprint": inputs.fingerprint, "rows": len(inputs.train)},
+        "data": {
+            "fingerprint": inputs.fingerprint,
+            "rows": len(inputs.train),
+            "order": plan.digest(),
+        },
         "settings": config.model_dump(exclude=_FREE_SETTINGS),
         "total_steps": total_steps,
     }
