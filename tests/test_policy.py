@@ -20,6 +20,7 @@ LADDER = [  # a part may import from lower rungs and from itself, never sideways
     {"models", "optim"},
     {"adapters"},
     {"engine"},
+    {"plan"},
     {"train"},
     {"export", "generate"},
     {"gguf"},

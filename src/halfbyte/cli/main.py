@@ -17,6 +17,8 @@ from halfbyte.cli.evaluate import evaluate
 from halfbyte.cli.export import export
 from halfbyte.cli.generate import generate
 from halfbyte.cli.merge import merge
+from halfbyte.cli.plan import plan
+from halfbyte.cli.push import push
 from halfbyte.cli.quantize import quantize
 from halfbyte.cli.serve import serve
 from halfbyte.cli.train import TrainCommand, train
@@ -47,6 +49,7 @@ VERBS = (
     doctor,
     demo,
     audit,
+    plan,
     quantize,
     train,
     verify_resume,
@@ -55,6 +58,7 @@ VERBS = (
     chat,
     merge,
     export,
+    push,
     serve,
     version,
 )

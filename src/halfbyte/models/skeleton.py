@@ -31,6 +31,8 @@ _SENSELESS = (
     RuntimeError,
     StrictDataclassError,
 )
+# More than any model has; without weights there is nothing else to check the number against.
+_MOST_LAYERS = 2000
 _SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
 
 
@@ -95,6 +97,33 @@ def read_skeleton(folder: Path) -> Skeleton:
     _check_names(skeleton, made)
     _check_shapes(skeleton)
     return skeleton
+
+
+@dataclass(frozen=True)
+class Outline:
+    """What config.json alone says.
+
+    Attributes:
+        config: The model's configuration; `quantization_config` is taken out.
+        model: The model on the meta device.
+        quantization: What config.json says about quantization, or None.
+    """
+
+    config: PreTrainedConfig
+    model: Any
+    quantization: dict[str, Any] | None
+
+
+def read_outline(folder: Path) -> Outline:
+    """Build the model that config.json describes, without looking for its weights.
+
+    Raises:
+        CheckpointError: config.json is missing or damaged, needs code of its own, or has sizes that
+            no model has.
+    """
+    quantization = _read_settings(folder).get("quantization_config")
+    config, model = _build(folder, _MOST_LAYERS)
+    return Outline(config, model, quantization)
 
 
 def _read_settings(folder: Path) -> dict[str, Any]:

@@ -1,0 +1,32 @@
+"""A fused model in numbers, as the ledger's formulas take it."""
+
+from halfbyte.engine.body import FusedBody
+from halfbyte.engine.projections import Siblings
+from halfbyte.memory.fused_step import FusedShape, Group
+
+
+def fused_shape(body: FusedBody, itemsize: int) -> FusedShape:
+    """Return the shape of a body's layers, which are all alike.
+
+    Args:
+        body: Over a real model, or one on the meta device.
+        itemsize: Bytes of an activation.
+    """
+    layer = body.layers[0]
+    return FusedShape(
+        hidden=layer.qkv.inputs,
+        heads=layer.shape.num_heads,
+        head_dim=layer.shape.head_dim,
+        intermediate=layer.shape.intermediate_size,
+        qkv=_group(layer.qkv),
+        o=_group(layer.out.o),
+        gate_up=_group(layer.out.gate_up),
+        down=_group(layer.out.down),
+        itemsize=itemsize,
+        has_dropout=layer.has_dropout,
+    )
+
+
+def _group(siblings: Siblings) -> Group:
+    elements = sum(adapter.numel() for adapter in siblings.adapters)
+    return Group(siblings.inputs, siblings.outputs, siblings.rank, elements)

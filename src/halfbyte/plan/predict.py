@@ -1,0 +1,190 @@
+"""The peak of a run's step, by owner, on a card of a given size."""
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, cast
+
+from peft import PeftModel
+
+from halfbyte.engine.body import FusedBody, obstacle
+from halfbyte.memory.activations import checkpoint_activations
+from halfbyte.memory.fused_step import FusedStep
+from halfbyte.memory.ledger import Ledger, Peak
+from halfbyte.plan.cards import usable_bytes
+from halfbyte.plan.fused import fused_shape
+from halfbyte.plan.owners import (
+    OPTIMIZER,
+    library_bytes,
+    optimizer_bytes,
+    persistent_bytes,
+    slot_bytes,
+    trainable_elements,
+)
+from halfbyte.plan.traced import trace_step
+
+# As `kernels/cross_entropy.py` cuts logits on a GPU.
+_CHUNK_BYTES, _CHUNK_ROWS = 32 * 2**20, 1024
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a step's bytes depend on, beside the model.
+
+    Attributes:
+        rows: Sequences of a micro-step.
+        length: Tokens of each.
+        memory: "auto", "lean", "fast", or bytes for saved activations.
+        state_bits: Of the optimizer's moments, 32 or 8.
+        is_paged: Whether these may leave for the host.
+        is_checkpointed: `gradient_checkpointing`: every layer is computed twice.
+        total_bytes: Of the card; None where it is not known: then nothing is short.
+    """
+
+    rows: int = 1
+    length: int = 2048
+    memory: str | int = "auto"
+    state_bits: int = 32
+    is_paged: bool = True
+    is_checkpointed: bool = False
+    total_bytes: int | None = None
+
+    @property
+    def tokens(self) -> int:
+        """Of a micro-step."""
+        return self.rows * self.length
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What a step will need.
+
+    Attributes:
+        setting: Of the step.
+        peak: Bytes of tensors at the worst moment, as `max_memory_allocated` counts them.
+        persistent: Bytes by owner that stay for the whole run.
+        paged_bytes: Optimizer state that must be in host memory for the step to fit.
+        kept: What the layers keep: name to number of layers; empty where not fused.
+        why_unfused: Why the model's own layers run, or None.
+    """
+
+    setting: Setting
+    peak: Peak
+    persistent: Mapping[str, int]
+    paged_bytes: int
+    kept: Mapping[str, int]
+    why_unfused: str | None
+
+    @property
+    def fits(self) -> bool:
+        """Whether the card has room for the peak, CUDA's context and the allocator's slack."""
+        total = self.setting.total_bytes
+        return total is None or self.peak.nbytes <= usable_bytes(total)
+
+
+class Planner:
+    """Predicts steps of one model.
+
+    Args:
+        model: Adapted; real, or a blueprint on the meta device.
+        device_type: Where it will run.
+    """
+
+    def __init__(self, model: PeftModel, *, device_type: str = "cuda") -> None:
+        causal: Any = cast(Any, model).get_base_model()
+        self.causal = causal
+        self.body: Any = getattr(causal, causal.base_model_prefix)
+        self.why_unfused = obstacle(self.body)
+        self.persistent = persistent_bytes(model)
+        self.persistent["library workspaces"] = library_bytes(device_type)
+        self.elements = trainable_elements(model)
+        head = causal.get_output_embeddings()
+        self._vocabulary = int(head.weight.shape[0])
+        self._itemsize = int(causal.dtype.itemsize)
+        self._fused: dict[str | int, FusedBody] = {}
+        self._traced: dict[tuple[int, int, bool], Peak] = {}
+
+    def predict(self, setting: Setting) -> Prediction:
+        """Return the peak of a step.
+
+        Paged state counts as on the card where the step fits with it, else as away.
+        """
+        state = optimizer_bytes(self.elements, setting.state_bits)
+        if setting.is_checkpointed and self.why_unfused is None:
+            setting = replace(setting, memory="lean")
+        prediction = self._predict(setting, state, 0)
+        if setting.is_paged and not prediction.fits:
+            # A step that fits neither way is shown as small as it gets.
+            prediction = self._predict(setting, 0, state)
+        return prediction
+
+    def _predict(self, setting: Setting, resident: int, paged: int) -> Prediction:
+        persistent = {**self.persistent, OPTIMIZER: resident}
+        ledger = Ledger(persistent)
+        kept: dict[str, int] = {}
+        if self.why_unfused is None:
+            kept = self._write_fused(ledger, setting)
+        else:
+            self._write_traced(ledger, setting)
+        peak = ledger.peak
+        if paged:
+            update = sum(persistent.values()) + slot_bytes(self.elements, setting.state_bits)
+            if update > peak.nbytes:
+                owners = {**persistent, "optimizer pages on their way": update - ledger.nbytes}
+                peak = Peak(update, "the update", owners)
+        return Prediction(setting, peak, persistent, paged, kept, self.why_unfused)
+
+    def _write_fused(self, ledger: Ledger, setting: Setting) -> dict[str, int]:
+        if setting.memory not in self._fused:
+            self._fused[setting.memory] = FusedBody(self.body, memory=setting.memory)
+        body = self._fused[setting.memory]
+        free = sum(self.persistent.values()) * 100  # no card: nothing is short
+        if setting.total_bytes is not None:
+            free = max(usable_bytes(setting.total_bytes) - ledger.nbytes, 0)
+        choice = body.choose(setting.tokens, self._itemsize, free)
+        shape = fused_shape(body, self._itemsize)
+        step = FusedStep(ledger, shape, setting.tokens, choice.levels, choice.num_staying)
+        labels, chunk = self._labels(setting)
+        step.write(labels=labels, vocabulary=self._vocabulary, chunk_rows=chunk)
+        kept = {level: choice.levels.count(level) for level in dict.fromkeys(choice.levels)}
+        return kept | ({"weights": choice.num_staying} if choice.num_staying else {})
+
+    def _write_traced(self, ledger: Ledger, setting: Setting) -> None:
+        key = (setting.rows, setting.length, setting.is_checkpointed)
+        if key not in self._traced:
+            labels, chunk = self._labels(setting)
+            own = Ledger()
+            with _checkpointing(self.causal, enabled=setting.is_checkpointed):
+                trace_step(
+                    own, self.causal, batch=setting.rows, length=setting.length,
+                    labels=labels, chunk_rows=chunk,
+                )  # fmt: skip
+            self._traced[key] = own.peak
+        peak = self._traced[key]
+        ledger.moment = peak.moment
+        for owner, nbytes in peak.owners.items():
+            ledger.take(owner, nbytes)
+
+    def _labels(self, setting: Setting) -> tuple[int, int]:
+        chunk = max(_CHUNK_BYTES // (self._itemsize * self._vocabulary), _CHUNK_ROWS)
+        return setting.rows * max(setting.length - 1, 1), chunk
+
+
+@contextlib.contextmanager
+def _checkpointing(causal: Any, *, enabled: bool) -> Iterator[None]:
+    """Let the layers be computed twice inside the block, or once."""
+    modules = [m for m in causal.modules() if hasattr(m, "gradient_checkpointing")]
+    before = [m.gradient_checkpointing for m in modules]
+    was_training = causal.training
+    causal.train()
+    if enabled:
+        checkpoint_activations(causal)
+    else:
+        for module in modules:
+            module.gradient_checkpointing = False
+    try:
+        yield
+    finally:
+        for module, value in zip(modules, before, strict=True):
+            module.gradient_checkpointing = value
+        causal.train(was_training)
