@@ -23,6 +23,8 @@ _EXPORTS = {
     "evaluate": "halfbyte.train.evaluate",
     "generate": "halfbyte.generate.generate",
     "merge": "halfbyte.export.merge",
+    "MergeConfig": "halfbyte.export.config",
+    "adapter_limits": "halfbyte.export.consumers",
 }
 
 __all__ = ["__version__", *_EXPORTS]

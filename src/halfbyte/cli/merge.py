@@ -51,6 +51,7 @@ def merge(
 
     quieten()
     from halfbyte.config import resolve_model
+    from halfbyte.export.consumers import adapter_limits
     from halfbyte.quant.config import NF4Config
 
     settings = {
@@ -70,6 +71,8 @@ def merge(
         "written to": out,
     }
     print_facts("", facts)
+    for limit in adapter_limits(adapter):
+        print(f"note: unmerged, {limit}")
 
 
 def _merge(adapter: str, out: Path, data: str | None, settings: dict[str, Any]) -> "MergeResult":

@@ -76,6 +76,7 @@ def run(config: "RunConfig", *, listeners: Sequence["Listener"] = ()) -> None:
     """Check the data, load the model, train, and say what came out."""
     from halfbyte.adapters.inject import add_lora
     from halfbyte.cli.display import print_facts, size
+    from halfbyte.export.consumers import adapter_limits
     from halfbyte.models.load import load
     from halfbyte.train.determinism import determinism
     from halfbyte.train.loop import train as train_model
@@ -104,6 +105,8 @@ def run(config: "RunConfig", *, listeners: Sequence["Listener"] = ()) -> None:
         "next": f"halfbyte chat {output_dir}  or  halfbyte merge {output_dir} {output_dir}-merged",
     }
     print_facts("result", facts)
+    for limit in adapter_limits(output_dir):
+        print(f"note: {limit}")
 
 
 def check(config: "RunConfig") -> None:
