@@ -30,6 +30,7 @@ from halfbyte.export.companions import copy_companions, write_config
 from halfbyte.export.config import DTYPES, Form, MergeConfig
 from halfbyte.export.source import Source
 from halfbyte.export.tensors import Merged, Rounding
+from halfbyte.train.card import write_card
 
 REPORT_FILE = "merge_report.json"
 
@@ -147,6 +148,7 @@ def merge(
         )
         text = json.dumps(result.report(), indent=2, ensure_ascii=False) + "\n"
         (partial / REPORT_FILE).write_text(text, encoding="utf-8")
+        write_card(source.adapter.folder, partial, merged=result.words(), name=Path(to).name)
     return result
 
 

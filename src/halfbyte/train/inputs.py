@@ -33,6 +33,7 @@ class Inputs:
         shuffle: Whether every epoch has an order of its own.
         summary: What became of the rows; `None` where they came tokenized.
         chat_template: What conversations were written with, where it is not the tokenizer's own.
+        stop_token_ids: What ends the assistant's turn; generation has to stop there.
     """
 
     train: Dataset
@@ -43,6 +44,7 @@ class Inputs:
     shuffle: bool = True
     summary: Summary | None = None
     chat_template: str | None = None
+    stop_token_ids: tuple[int, ...] = ()
 
 
 def prepare_inputs(data: Data, eval_data: Data | None, tokenizer: Any, *, seed: int) -> Inputs:
@@ -79,6 +81,7 @@ def prepare_inputs(data: Data, eval_data: Data | None, tokenizer: Any, *, seed: 
         shuffle=config.shuffle,
         summary=prepared.summary,
         chat_template=prepared.chat_template,
+        stop_token_ids=prepared.stop_token_ids,
     )
 
 

@@ -4,7 +4,7 @@ import copy
 import importlib.metadata
 import platform
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -12,11 +12,13 @@ from typing import Any
 from peft import PeftModel
 
 from halfbyte.adapters.io import write_adapter
+from halfbyte.train.card import write_card
 from halfbyte.train.config import TrainConfig
 from halfbyte.train.directory import RUN_FILE, disk_errors, read_run, replacing, write_json
 from halfbyte.train.events import TrainResult
 from halfbyte.train.inputs import Inputs
 
+GENERATION_FILE = "generation_config.json"
 _PACKAGES = ("halfbyte", "torch", "transformers", "peft", "safetensors")
 
 
@@ -59,9 +61,25 @@ def write_result(
     with disk_errors(result.output_dir):
         write_adapter(model, result.output_dir, adapter=model.active_adapter)
         write_tokenizer(tokenizer, result.output_dir, chat_template=inputs.chat_template)
+    write_generation_config(model, inputs.stop_token_ids, result.output_dir)
     record = {**description, "status": "finished", "result": asdict(result)}
     record["result"]["output_dir"] = "."  # the directory may be moved
     write_json(result.output_dir / RUN_FILE, record)
+    write_card(result.output_dir)
+
+
+def write_generation_config(model: PeftModel, stops: Sequence[int], output_dir: Path) -> None:
+    """Write the base's settings of generation, with the tokens that end a turn among its stops.
+
+    Whoever loads or merges the adapter then stops where training taught it to.
+    """
+    config = getattr(model.get_base_model(), "generation_config", None)
+    if config is None or not stops:
+        return
+    own = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+    known = [index for index in own if index is not None]
+    settings = config.to_diff_dict() | {"eos_token_id": list(dict.fromkeys([*stops, *known]))}
+    write_json(output_dir / GENERATION_FILE, settings)
 
 
 def write_tokenizer(tokenizer: Any, output_dir: Path, *, chat_template: str | None) -> None:
