@@ -251,3 +251,23 @@ def test_learned_tokens_are_counted_by_file_where_there_are_several(run, tmp_pat
     assert train.sources["large.jsonl"] > 3 * train.sources["small.json"]
     assert run(sums(3), columns=GSM8K).summary.train.sources == {}
     assert run(memory=sums(3), columns=GSM8K).summary.train.sources == {}
+
+
+def test_broken_rows_stop_the_run_or_are_left_out(run, tmp_path):
+    path = tmp_path / "broken.jsonl"
+    lines = [json.dumps(row) for row in sums(20)]
+    path.write_text("\n".join([*lines, '{"question": "x"}', "{broken", '{"question": 5}']))
+    with pytest.raises(DataError, match=r"line 22: broken JSON .* \(and 2 more rows") as error:
+        run(path=str(path), columns=GSM8K)
+    assert "allow: [unreadable_rows]" in error.value.hint
+    data = run(path=str(path), columns=GSM8K, allow=["unreadable_rows"])
+    assert (len(data.train), data.summary.train.unreadable_rows) == (20, 3)
+    assert data.summary.train.unsupervised_rows == 0
+    (finding,) = data.summary.findings
+    assert (finding.name, finding.allowed) == ("unreadable_rows", True)
+
+
+def test_findings_are_in_the_summary(run):
+    data = run(sums(20) * 2, columns=GSM8K)
+    assert [finding.name for finding in data.summary.findings] == ["duplicates"]
+    assert data.summary.findings[0].count == 20

@@ -3,6 +3,7 @@ import json
 import numpy as np
 from rich.console import Console
 
+from halfbyte.data.findings import Finding, Level
 from halfbyte.data.summary import SplitSummary, Summary, length_percentiles
 
 
@@ -65,3 +66,11 @@ def test_held_out_rows_have_a_column_and_overlap_is_told():
 
 def test_it_goes_into_json():
     assert json.loads(json.dumps(summary().as_dict()))["train"]["rows_read"] == 12345
+
+
+def test_findings_are_printed_and_kept():
+    finding = Finding("pad_is_eos", Level.INFO, "", 0, "padding is [/INST]")
+    found = summary(findings=(finding,))
+    assert "pad_is_eos: padding is [/INST]" in printed(found)
+    kept = json.loads(json.dumps(found.as_dict()))["findings"]
+    assert [(each["name"], each["level"]) for each in kept] == [("pad_is_eos", "info")]

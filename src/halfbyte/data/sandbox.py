@@ -30,8 +30,9 @@ from jinja2.visitor import NodeTransformer
 MARK_START, MARK_END = "\ufdd0", "\ufdd1"
 MAX_SECONDS = 10.0
 MAX_ROUNDS = 1_000_000
-# Characters or items of a value, and of all that is written while one conversation is rendered.
+# Characters of a value, and of all that is written while one conversation is rendered.
 MAX_SIZE = 1 << 23
+_ITEM_SIZE = 8  # a place in a list, in characters
 _MAX_SOURCE = 1 << 20
 _MAX_BITS = 1 << 12
 _WIDTHS = frozenset({"center", "ljust", "rjust", "zfill", "expandtabs", "indent", "wordwrap"})
@@ -68,7 +69,7 @@ _BUDGET: contextvars.ContextVar[_Budget] = contextvars.ContextVar("halfbyte_temp
 
 
 def weigh(value: Any) -> int:
-    """Return the characters and items in a value, however often the same list is in it.
+    """Return the size of a value, what is in it several times counted as often.
 
     Raises:
         TemplateLimitError: there are more than `MAX_SIZE`.
@@ -84,7 +85,7 @@ def weigh(value: Any) -> int:
         elif isinstance(item, list | tuple | set | frozenset | dict):
             waiting += item
             waiting += item.values() if isinstance(item, dict) else ()
-            total += len(item)
+            total += _ITEM_SIZE * len(item)
     if total > MAX_SIZE:
         raise TemplateLimitError(f"it makes a value of more than {MAX_SIZE:,} characters")
     return total

@@ -84,6 +84,8 @@ def earlier_twins(rows: Signatures) -> Found:
 def twins_among(rows: Signatures, others: Signatures) -> Found:
     """Return for each row one of `others` that is alike, or -1: int64 [N]."""
     twins = np.full(len(rows), -1, dtype=np.int64)
+    if not len(others):
+        return twins
     for keys, other_keys in zip(_bands(rows), _bands(others), strict=True):
         order = np.argsort(other_keys, kind="stable")
         place = np.searchsorted(other_keys[order], keys)
