@@ -2,12 +2,15 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 
 import pytest
 
+from halfbyte.cli import train as module
 from halfbyte.config import RunConfig
+from halfbyte.train.events import StepFinished
 
 WRONG = {
     "a missing data file": (
@@ -145,25 +148,20 @@ def test_help_lists_every_setting(run):
         assert name in result.output
 
 
-def test_an_interruption_says_once_how_to_go_on(config, tmp_path):
-    child = (
-        "import signal, sys\n"
-        "from halfbyte.cli import train\n"
-        "from halfbyte.cli.main import main\n"
-        "from halfbyte.train.events import StepFinished\n"
-        "def stop(event):\n"
-        "    if isinstance(event, StepFinished): signal.raise_signal(signal.SIGTERM)\n"
-        "train._record = lambda config: stop\n"
-        "main()\n"
-    )
-    command = [sys.executable, "-c", child, "train", str(config), "max_steps=9"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
-    assert done.returncode == 143
-    assert done.stderr.count("hint: ") == 1
-    assert "resume_from_checkpoint=auto" in done.stderr
+def test_an_interruption_says_once_how_to_go_on(run, config, tmp_path, monkeypatch):
+    def stop(event):
+        if isinstance(event, StepFinished):
+            signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(module, "_record", lambda config: stop)
+    result = run("train", config, "max_steps=9")
+    assert result.exit_code == 143
+    assert result.stderr.count("hint: ") == 1
+    assert "resume_from_checkpoint=auto" in result.stderr
     assert (tmp_path / "out" / "checkpoint-1").is_dir()
 
 
+@pytest.mark.slow
 def test_a_reader_that_goes_away_ends_no_run(config, tmp_path):
     """`halfbyte train run.yaml | head -1`."""
     ours, theirs = os.pipe()

@@ -100,7 +100,7 @@ def config_for(out, **changes):
     )
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP])
 def test_signal_finishes_the_step_saves_and_says_so(
     number, tmp_path, make_lora, tokenizer, rows_of
 ):
@@ -219,6 +219,17 @@ def test_handlers_are_put_back():
         assert signal.getsignal(signal.SIGTERM) != before
         assert not interruption.requested
     assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_signal_that_was_ignored_stays_so():
+    """nohup ignores SIGHUP, and what it starts goes on without its terminal."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with Interruption() as interruption:
+            signal.raise_signal(signal.SIGHUP)
+            assert not interruption.requested
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_first_signal_is_remembered_and_the_second_has_its_default():

@@ -1,6 +1,7 @@
 """Signals that ask a run to stop: the step is finished, a checkpoint saved, and then it ends.
 
     signal              from                            exit code
+    SIGHUP   (1)        a terminal that is gone         129  (under nohup it is ignored, as always)
     SIGINT   (2)        Ctrl-C                          130
     SIGTERM  (15)       kill, Slurm, Kubernetes         143
     SIGUSR1  (10)       Slurm's warning before the end  138
@@ -17,7 +18,7 @@ from typing import Any, Self
 
 from halfbyte.errors import HalfbyteError
 
-_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+_SIGNALS = (signal.SIGHUP, signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
 class Interrupted(HalfbyteError):  # noqa: N818 - it is no error that somebody made
@@ -55,7 +56,8 @@ class Interruption:
 
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():
-            self._previous = {number: signal.signal(number, self._note) for number in _SIGNALS}
+            wanted = [n for n in _SIGNALS if signal.getsignal(n) is not signal.SIG_IGN]
+            self._previous = {number: signal.signal(number, self._note) for number in wanted}
         return self
 
     def __exit__(
@@ -69,5 +71,5 @@ class Interruption:
 
     def _note(self, signum: int, _frame: FrameType | None) -> None:
         self.signum = signum
-        for number in _SIGNALS:
+        for number in self._previous:
             signal.signal(number, signal.SIG_DFL)
