@@ -17,6 +17,7 @@ from halfbyte.train.events import (
     Event,
     HealthFinding,
     Listener,
+    MemoryShort,
     Notice,
     StepFinished,
     StepSkipped,
@@ -124,6 +125,10 @@ def _event_line(event: Event) -> str | None:
         )
     if isinstance(event, Notice):
         return f"note: {event.message}"
+    if isinstance(event, MemoryShort):
+        return f"memory ran out in step {event.step}; it was done with less: " + "; ".join(
+            event.measures
+        )
     if isinstance(event, StepSkipped):
         count = f"{event.skipped_steps} of at most {event.max_skipped_steps}"
         return f"skipped step {event.step} ({count}): {event.reason}"
@@ -137,6 +142,18 @@ def _event_line(event: Event) -> str | None:
             f"adapter: {result.output_dir}"
         )
     return None
+
+
+def _memory(event: StepFinished) -> str:
+    """Say what the device holds, and what had to leave it."""
+    sizes = {
+        "peak": event.memory_bytes,
+        "allocated": event.allocated_bytes,
+        "reserved": event.reserved_bytes,
+        "paged out": event.paged_bytes,
+        "host": event.host_bytes,
+    }
+    return ", ".join(f"{name} {size / 2**30:.2f} GiB" for name, size in sizes.items() if size)
 
 
 class PlainLog:
@@ -214,7 +231,7 @@ class LiveDisplay:
         table.add_row("gradient norm", f"{event.grad_norm:.3f}")
         table.add_row("learning rate", f"{event.learning_rate:.2e}")
         table.add_row("tokens/s", f"{self._pace.tokens_per_second():,.0f}")
-        table.add_row("peak memory", f"{event.memory_bytes / 2**30:.2f} GiB")
+        table.add_row("memory", _memory(event))
         if self._evaluation:
             table.add_row("held-out loss", self._evaluation)
         return Group(self._progress, table)

@@ -5,7 +5,7 @@ and experiment trackers are listeners, and users add their own: `train(..., list
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,10 @@ class StepFinished:
         tokens: Real tokens of this step.
         seconds: Time of this step, without evaluation and saving.
         memory_bytes: Peak of the process: the allocator's on a GPU, the resident set on a CPU.
+        allocated_bytes: In tensors on the device, after the step.
+        reserved_bytes: What its allocator holds for tensors.
+        paged_bytes: Optimizer state that is in host memory.
+        host_bytes: Main memory of the process.
     """
 
     step: int
@@ -52,6 +56,10 @@ class StepFinished:
     tokens: int
     seconds: float
     memory_bytes: int
+    allocated_bytes: int = 0
+    reserved_bytes: int = 0
+    paged_bytes: int = 0
+    host_bytes: int = 0
 
     @property
     def tokens_per_second(self) -> float:
@@ -153,6 +161,7 @@ class TrainResult:
         tokens_per_second: Their quotient.
         peak_bytes: Largest memory: the allocator's on a GPU, the resident set on a CPU.
         output_dir: Where the adapter is.
+        peak_by_owner: Bytes of the peak on a GPU; empty on a CPU.
     """
 
     steps: int
@@ -163,6 +172,7 @@ class TrainResult:
     tokens_per_second: float
     peak_bytes: int
     output_dir: Path
+    peak_by_owner: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

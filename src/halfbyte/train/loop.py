@@ -41,10 +41,11 @@ from halfbyte.train.events import (
     TrainResult,
 )
 from halfbyte.train.inputs import Data
+from halfbyte.train.memory import memory_fields, peak_by_owner
 from halfbyte.train.result import describe_run, finished_result, write_result
 from halfbyte.train.run import Run, announce, assemble, restore
 from halfbyte.train.signals import Interrupted, Interruption
-from halfbyte.train.step import NonFiniteError, StepResult, train_step
+from halfbyte.train.step import NonFiniteError, StepResult
 from halfbyte.train.writer import CheckpointWriter
 
 
@@ -155,9 +156,7 @@ def _step(run: Run) -> None:
     step = run.progress.step
     rate = learning_rate(step, run.total_steps, run.config)
     try:
-        result = train_step(
-            run.parts,
-            run.optimizer,
+        result = run.steps.step(
             run.plan.step(*divmod(step, len(run.plan))),
             step=step,
             learning_rate=rate,
@@ -198,7 +197,7 @@ def _advance(run: Run, result: StepResult, rate: float, seconds: float) -> None:
             supervised_tokens=result.supervised_tokens,
             tokens=result.tokens,
             seconds=seconds,
-            memory_bytes=peak_bytes(run.device),
+            **memory_fields(run.model, run.optimizer),
         )
     )
 
@@ -209,7 +208,7 @@ def _evaluate(run: Run, interruption: Interruption) -> float | None:
         return None
     start = time.perf_counter()
     result = evaluate_rows(
-        run.parts,
+        run.steps.model,
         run.inputs.eval,
         batch_size=run.config.per_device_eval_batch_size,
         pad_token_id=run.pad_token_id,
@@ -272,5 +271,6 @@ def _result(run: Run, eval_loss: float | None) -> TrainResult:
         tokens=progress.tokens,
         tokens_per_second=progress.tokens / progress.seconds if progress.seconds > 0 else 0.0,
         peak_bytes=peak_bytes(run.device),
+        peak_by_owner=peak_by_owner(run.model, run.optimizer),
         output_dir=run.output_dir,
     )

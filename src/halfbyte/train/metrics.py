@@ -18,6 +18,7 @@ from halfbyte.train.events import (
     Event,
     HealthFinding,
     Listener,
+    MemoryShort,
     StepFinished,
     StepSkipped,
     TrainingFinished,
@@ -113,6 +114,7 @@ _RECORDED = {
     StepSkipped: "skipped_step",
     Evaluated: "evaluation",
     HealthFinding: "health",
+    MemoryShort: "memory",
 }
 
 

@@ -22,9 +22,11 @@ from halfbyte.train.health import HealthMonitor
 from halfbyte.train.identity import identify, require_same
 from halfbyte.train.inputs import Data, Inputs, pad_token_id, prepare_inputs, require_fitting
 from halfbyte.train.loss import LanguageModel
+from halfbyte.train.memory import explain
 from halfbyte.train.metrics import Averaged, MetricsFile
 from halfbyte.train.packing import prove_packing
 from halfbyte.train.state import Progress, find_checkpoint, load_checkpoint
+from halfbyte.train.survive import Survivor
 from halfbyte.train.trackers import make_trackers
 
 
@@ -33,23 +35,27 @@ class Run:
     """Everything that the loop needs.
 
     Attributes:
-        parts: The model, taken apart for its loss.
+        steps: Does them; has the model, taken apart for its loss, and the optimizer.
         total_steps: Optimizer steps from the first to the last.
         identity: What must be the same to resume.
         progress: How far the run is; the loop replaces it after each step.
     """
 
     model: PeftModel
-    parts: LanguageModel
+    steps: Survivor
     tokenizer: Any
     config: TrainConfig
     inputs: Inputs
     plan: BatchPlan
-    optimizer: AdamW
     total_steps: int
     identity: dict[str, Any]
     progress: Progress = field(default_factory=Progress)
     listeners: list[Listener] = field(default_factory=list)
+
+    @property
+    def optimizer(self) -> AdamW:
+        """Holds the adapters' values, gradients and moments."""
+        return self.steps.optimizer
 
     @property
     def output_dir(self) -> Path:
@@ -118,16 +124,9 @@ def assemble(
     if config.gradient_checkpointing:
         checkpoint_activations(model, config.gradient_checkpointing_kwargs)
     state_bits, paged = OPTIMIZERS[config.optim]
-    return Run(
-        model=model,
-        parts=LanguageModel.of(
-            model, memory="lean" if config.gradient_checkpointing else config.memory
-        ),
-        tokenizer=tokenizer,
-        config=config,
-        inputs=inputs,
-        plan=plan,
-        optimizer=AdamW(
+    steps = Survivor(
+        LanguageModel.of(model, memory="lean" if config.gradient_checkpointing else config.memory),
+        AdamW(
             model.named_parameters(),
             lr=config.learning_rate,
             betas=(config.adam_beta1, config.adam_beta2),
@@ -136,9 +135,20 @@ def assemble(
             state_bits=state_bits,
             paged=paged,
         ),
+        tell=lambda event: run.tell(event),
+        explain=lambda shortage: explain(shortage, model, config, plan),
+    )
+    run = Run(
+        model=model,
+        steps=steps,
+        tokenizer=tokenizer,
+        config=config,
+        inputs=inputs,
+        plan=plan,
         total_steps=total_steps,
         identity=identify(model, inputs, plan, config, total_steps),
     )
+    return run
 
 
 def restore(run: Run) -> list[Notice]:
@@ -217,7 +227,7 @@ def announce(run: Run, listeners: Sequence[Listener], notices: Sequence[Notice])
 
 
 def _packing_notices(run: Run) -> list[Notice]:
-    return [Notice(prove_packing(run.parts))] if run.inputs.packing else []
+    return [Notice(prove_packing(run.steps.model))] if run.inputs.packing else []
 
 
 def _precision_notices(run: Run) -> list[Notice]:

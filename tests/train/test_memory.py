@@ -1,0 +1,84 @@
+"""A run tells its memory, and that it ran out, and goes on."""
+
+import json
+
+import pytest
+import torch
+
+from halfbyte.data.loader import BatchPlan
+from halfbyte.errors import DeviceError
+from halfbyte.memory.shortage import Shortage
+from halfbyte.optim.adamw import AdamW
+from halfbyte.train import loss as loss_module
+from halfbyte.train.config import TrainConfig
+from halfbyte.train.events import MemoryShort, StepFinished
+from halfbyte.train.loop import train
+from halfbyte.train.memory import explain, memory_fields, peak_by_owner
+
+
+@pytest.fixture
+def config(tmp_path):
+    return TrainConfig(
+        output_dir=str(tmp_path / "out"), max_steps=3, per_device_train_batch_size=4,
+        disable_tqdm=True,
+    )  # fmt: skip
+
+
+def test_a_run_that_runs_out_of_memory_says_so_and_finishes(
+    make_lora, rows_of, tokenizer, config, monkeypatch
+):
+    real, calls = loss_module.linear_cross_entropy, []
+
+    def sometimes(*args, **kwargs):
+        calls.append(1)
+        if len(calls) in (2, 3):
+            raise torch.OutOfMemoryError("injected")
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(loss_module, "linear_cross_entropy", sometimes)
+    events = []
+    result = train(
+        make_lora(), tokenizer, rows_of([9, 5, 7, 12] * 3), config, listeners=[events.append]
+    )
+    assert result.steps == 3
+    (short,) = [event for event in events if isinstance(event, MemoryShort)]
+    assert short.step == 2
+    assert short.measures[0] == "computes every layer twice"
+    assert short.max_tokens is not None
+    lines = [json.loads(line) for line in (result.output_dir / "metrics.jsonl").open()]
+    (record,) = [line for line in lines if line["event"] == "memory"]
+    assert record["measures"] == list(short.measures)
+    steps = [event for event in events if isinstance(event, StepFinished)]
+    assert all(event.host_bytes > 2**20 and event.allocated_bytes for event in steps)
+
+
+def test_a_run_that_cannot_fit_ends_with_an_explanation(
+    make_lora, rows_of, tokenizer, config, monkeypatch
+):
+    def never(*args, **kwargs):
+        raise torch.OutOfMemoryError("injected")
+
+    monkeypatch.setattr(loss_module, "linear_cross_entropy", never)
+    with pytest.raises(DeviceError, match="cut as small as it can be: injected") as caught:
+        train(make_lora(), tokenizer, rows_of([9, 5, 7, 12] * 3), config)
+    assert "max_length" in caught.value.hint
+
+
+def test_fields_on_a_cpu(make_lora):
+    model = make_lora()
+    optimizer = AdamW([p for p in model.parameters() if p.requires_grad])
+    fields = memory_fields(model, optimizer)
+    assert fields["memory_bytes"] >= fields["allocated_bytes"] > 0
+    assert fields["paged_bytes"] == 0
+    assert peak_by_owner(model, optimizer) == {}
+
+
+def test_explanation_knows_the_longest_row(make_lora, rows_of):
+    rows = rows_of([9, 30, 7])
+    batches = BatchPlan(
+        rows, batch_size=2, gradient_accumulation_steps=1, packing=False, max_length=64, seed=0,
+        pad_token_id=0,
+    )  # fmt: skip
+    shortage = Shortage(torch.device("cuda"), "no room", total_bytes=2**30)
+    error = explain(shortage, make_lora(), TrainConfig(per_device_train_batch_size=2), batches)
+    assert "2 x 30 tokens" in error.message
