@@ -2,10 +2,12 @@
 
 
 def test_a_conversation_on_a_run(run, trained):
-    lines = "Hi\n/adapter off\n/reset\nHi\n/quit\n"
-    result = run("chat", trained, "--max-new-tokens", 3, input=lines)
+    lines = "Hi\n/adapter off\n/reset\nHi\n/compare Hi\n/quit\n"
+    more = ("--adapter", f"more={trained}")
+    result = run("chat", trained, *more, "--max-new-tokens", 3, input=lines)
     assert result.exit_code == 0, result.output
-    assert "the adapter is off" in result.stdout
+    assert "  out\n  more\n* off\n" in result.stdout
+    assert "base" in result.stdout
     assert "forgotten" in result.stdout
 
 

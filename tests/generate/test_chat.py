@@ -50,27 +50,59 @@ def test_save_writes_a_row_that_trains(taught, tokenizer, tmp_path):
 def test_commands_that_are_not_there_and_help(taught, tokenizer):
     conversation = Conversation(taught, tokenizer)
     assert "no command /nope" in talk(conversation, "/nope")
-    for command in ("/system", "/adapter", "/reset", "/save", "/help", "/quit"):
+    for command in ("/system", "/adapter", "/compare", "/reset", "/save", "/help", "/quit"):
         assert command in HELP
     assert talk(conversation, "/help") == HELP + "\n"
-    assert "there is no adapter" in talk(conversation, "/adapter off")
+    for line in ("/adapter off", "/adapter", "/compare x"):
+        assert "there is no adapter" in talk(conversation, line)
 
 
-def test_the_adapter_is_switched_off_and_on(adapted, taught, tokenizer):
-    # The adapter makes the stop token the likeliest: with it there is no answer.
+@pytest.fixture
+def muted(adapted, taught, tokenizer):
+    """The taught model under two adapters: `default` ends every answer at once, `plain` nothing."""
+    adapted.add_adapter("plain", adapted.peft_config["default"])
     with torch.no_grad():
         layer = taught.lm_head
+        layer.lora_B["plain"].weight.zero_()
         layer.lora_A["default"].weight.fill_(0.0)
         layer.lora_A["default"].weight[0, 0] = 1.0
         hidden = taught.model(torch.tensor([[1, 2, 3]])).last_hidden_state
         sign = 1.0 if hidden[0, -1, 0] > 0 else -1.0
         layer.lora_B["default"].weight[tokenizer.eos_token_id] = 1e4 * sign
-    conversation = Conversation(adapted, tokenizer)
-    with_adapter = talk(conversation, "2+2?")
-    shown = talk(conversation, "/reset", "/adapter off", "2+2?", "/adapter", "/adapter on")
-    assert "four" not in with_adapter
-    assert "the adapter is off\nfour\n" in shown
-    assert shown.endswith("the adapter is off; /adapter on or off\nthe adapter is on\n")
+    return adapted
+
+
+def test_adapters_are_switched_by_name_and_off(muted, tokenizer):
+    conversation = Conversation(muted, tokenizer)
+    assert conversation.adapter == "default"
+    assert "four" not in talk(conversation, "2+2?")
+    shown = talk(conversation, "/reset", "/adapter off", "2+2?")
+    assert shown.endswith("  default\n  plain\n* off\nfour\n")
+    shown = talk(conversation, "/reset", "/adapter plain", "3+3?")
+    assert shown.endswith("  default\n* plain\n  off\nsix and no more\n")
+    assert "four" not in talk(conversation, "/reset", "/adapter default", "2+2?")
+    assert "there is no adapter on; there are: default, plain" in talk(conversation, "/adapter on")
+    assert talk(conversation, "/adapter list") == "* default\n  plain\n  off\n"
+
+
+def test_answers_are_compared_side_by_side_and_forgotten(muted, tokenizer):
+    conversation = Conversation(muted, tokenizer)
+    lines = conversation.compare("2+2?", width=60).splitlines()
+    assert lines[0].split() == ["base", "default", "plain"]
+    assert lines[-1].startswith(" four") or lines[-1].startswith("  four")
+    assert lines[-1].count("four") == 2  # default has no time to say it
+    assert lines[-1].rindex("four") == lines[0].index("plain")
+    assert conversation.messages == []
+    assert "four" in talk(conversation, "/compare 2+2?")
+    assert "say what" in talk(conversation, "/compare")
+    assert "positions" in talk(conversation, "/compare " + "x" * 300)
+
+
+def test_an_adapters_own_tokenizer_renders_its_prompts(muted, tokenizer):
+    own = copy.deepcopy(tokenizer)
+    own.chat_template = "<|im_start|>user\n2+2?<|im_end|>\n<|im_start|>assistant\nfo"
+    conversation = Conversation(muted, tokenizer, tokenizers={"plain": own})
+    assert talk(conversation, "/adapter plain", "3+3?").endswith("ur\n")
 
 
 def test_errors_are_shown_and_the_conversation_goes_on(taught, tokenizer):

@@ -26,8 +26,8 @@ from halfbyte.serve.service import open_service
 RANKS = {"red": 4, "green": 8, "blue": 2}
 
 
-def open_demo():
-    return load(base_path(), dtype=torch.float32, device="cpu")
+def open_demo(dtype=torch.float32):
+    return load(base_path(), dtype=dtype, device="cpu")
 
 
 def write_adapter(folder, rank, seed, **settings):
@@ -83,13 +83,13 @@ def make_service(adapters):
     """Return a function that puts the embedded base and the three adapters into service."""
     opened = []
 
-    def make(*, max_model_len=256, with_adapters=True, **limits):
-        model, tokenizer = open_demo()
+    def make(*, max_model_len=256, dtype=torch.float32, **limits):
+        model, tokenizer = open_demo(dtype)
         service = open_service(
             model,
             tokenizer,
             name="base",
-            adapters=adapters if with_adapters else {},
+            adapters=adapters,
             config=EngineConfig(**limits),
             max_model_len=max_model_len,
         )

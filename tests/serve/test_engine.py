@@ -4,7 +4,9 @@ import queue
 import time
 
 import pytest
+import torch
 
+from halfbyte.device import compute_dtype
 from halfbyte.errors import ConfigError
 from halfbyte.generate.prompts import prompt_ids
 from halfbyte.generate.sampling import Sampling
@@ -52,6 +54,24 @@ def test_mixed_answers_equal_those_alone(service, alone):
         got, event = gather(news)
         assert got == expected, (name, text)
         assert event.num_tokens == answer.num_tokens
+
+
+@pytest.mark.skipif(
+    compute_dtype("cpu") != torch.bfloat16, reason="this CPU does not multiply bf16"
+)
+def test_in_bf16_too_company_changes_nothing(make_service):
+    service = make_service(dtype=torch.bfloat16, max_batch_size=8)
+
+    def answers(together):
+        pairs = [ask(service, NAMES[i % 4], text) for i, text in enumerate(prompts(12))]
+        texts = []
+        for answer, news in pairs:
+            service.engine.submit([answer])
+            if not together:
+                texts.append(gather(news)[0])
+        return texts or [gather(news)[0] for _, news in pairs]
+
+    assert answers(together=True) == answers(together=False)
 
 
 def test_long_prompts_are_read_in_pieces(make_service, alone):
@@ -125,7 +145,7 @@ def test_a_step_that_fails_ends_its_answers_and_no_others(make_service, monkeypa
     answer, news = ask(service, "base", "Go on.")
     with monkeypatch.context() as patch:
         patch.setattr(batched, "decode", lambda *_: 1 / 0)
-        patch.setattr(batched, "prefill", lambda *_: 1 / 0)
+        patch.setattr(batched, "prefill", lambda *_, **__: 1 / 0)
         service.engine.submit([answer])
         assert gather(news)[1].failure == "error"
     answer, news = ask(service, "base", "What is 1 plus 1?")

@@ -77,7 +77,7 @@ def test_rows_are_what_they_are_alone(model):
         step([0, 1])
     # A third joins, read in two pieces; then the first leaves, and the third takes its place.
     pieces = DynamicCache()
-    batched.prefill([texts[2][:3]], [0], pieces)
+    batched.prefill([texts[2][:3]], [0], pieces, is_partial=True)
     check(batched.prefill([texts[2][3:]], [0], pieces), [2])
     batched.cache.join(2, pieces, 0, 5)
     step([0, 1, 2])

@@ -12,12 +12,12 @@ from halfbyte.cli.generate import (
     TopP,
     write,
 )
-from halfbyte.cli.opening import Adapter, Device, Model, Quant
+from halfbyte.cli.opening import Adapters, Device, Model, Quant
 
 
 def chat(
     model: Model,
-    adapter: Adapter = None,
+    adapter: Adapters = None,
     quant: Quant = "auto",
     system: System = None,
     max_new_tokens: MaxNewTokens = 512,
@@ -32,8 +32,9 @@ def chat(
     from halfbyte.cli.display import quieten
 
     quieten()
-    from halfbyte.cli.opening import open_model
+    from halfbyte.cli.opening import named_adapters, open_adapters, open_base
     from halfbyte.generate.chat import Conversation, run_chat
+    from halfbyte.generate.dense import dense_weights
     from halfbyte.generate.sampling import Sampling
 
     sampling = Sampling(
@@ -44,8 +45,11 @@ def chat(
         repetition_penalty=repetition_penalty,
         seed=seed,
     )
-    loaded, tokenizer = open_model(model, adapter, quant, device)
-    if not tokenizer.chat_template:
+    base, tokenizer, adapters = open_base(model, named_adapters(adapter), quant, device)
+    loaded, tokenizers = open_adapters(base, adapters)
+    if not any(each.chat_template for each in (tokenizer, *tokenizers.values())):
         print("note: no chat template; every line is continued on its own", file=sys.stderr)
     mark = "> " if sys.stdin.isatty() else ""
-    run_chat(Conversation(loaded, tokenizer, sampling, system), lambda: input(mark), write)
+    conversation = Conversation(loaded, tokenizer, sampling, system, tokenizers=tokenizers)
+    with dense_weights(loaded):  # once for the whole conversation
+        run_chat(conversation, lambda: input(mark), write)

@@ -98,6 +98,26 @@ def open_base(
     return loaded, tokenizer, found
 
 
+def open_adapters(model: Any, adapters: Mapping[str, str]) -> tuple[Any, dict[str, Any]]:
+    """Put adapters on a base; return it, and the tokenizers of those that have their own.
+
+    The first adapter is the active one.
+
+    Raises:
+        HalfbyteError: one is missing, damaged or does not fit.
+    """
+    from halfbyte.adapters.io import load_adapter
+    from halfbyte.models.tokenizer import load_tokenizer
+
+    num_embeddings = model.get_input_embeddings().num_embeddings
+    tokenizers = {}
+    for name, path in adapters.items():
+        model = load_adapter(model, path, adapter=name)
+        if (Path(path) / "tokenizer_config.json").is_file():
+            tokenizers[name] = load_tokenizer(Path(path), num_embeddings)
+    return model, tokenizers
+
+
 def _config(quant: str, adapter: str | None) -> Any:
     """Return the quantizer's settings, None for 16 bits."""
     from halfbyte.adapters.files import read_adapter_files

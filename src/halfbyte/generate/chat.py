@@ -1,7 +1,8 @@
 """A conversation in the terminal: what was said, commands, and answers as they come.
 
     /system TEXT      set (or, without text, remove) the system message, and start again
-    /adapter on|off   answer with the adapter, or with the base alone
+    /adapter NAME     answer with this adapter; off: with the base alone; list: which there are
+    /compare TEXT     the base's answer and every adapter's side by side; nothing is remembered
     /reset            forget what was said
     /save PATH        write the conversation as a line of JSON, ready to train on
     /help             this list
@@ -11,15 +12,22 @@ Reading and writing are functions of the caller, so the loop runs without a term
 """
 
 import contextlib
+import io
 import json
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from peft import PeftModel
+from rich.box import SIMPLE
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from halfbyte.errors import HalfbyteError
+from halfbyte.generate.decoding import Decoding
 from halfbyte.generate.generate import generate
 from halfbyte.generate.prompts import Message, Prompt
 from halfbyte.generate.sampling import Sampling
@@ -33,12 +41,13 @@ class Conversation:
     """A model, what was said so far, and how it answers.
 
     Args:
-        model: A model that `load` returned, with or without an adapter.
+        model: A model that `load` returned, with any number of adapters or none.
         tokenizer: Its tokenizer; without a chat template every line is a prompt of its own.
         sampling: How tokens are chosen.
         system: The system message.
         messages: Turns so far, without the system message.
-        uses_adapter: Whether the adapter takes part, where there is one.
+        tokenizers: Those of adapters that have their own, by the adapter's name.
+        adapter: Which adapter answers, None for the base alone; at first the active one.
     """
 
     model: PreTrainedModel
@@ -46,7 +55,18 @@ class Conversation:
     sampling: Sampling = field(default_factory=Sampling)
     system: str | None = None
     messages: list[Message] = field(default_factory=list)
-    uses_adapter: bool = True
+    tokenizers: Mapping[str, PreTrainedTokenizerBase] = field(default_factory=dict)
+    adapter: str | None = None
+    _decoding: Decoding = field(default_factory=Decoding)
+
+    def __post_init__(self) -> None:
+        if self.adapter is None and isinstance(self.model, PeftModel):
+            self.adapter = self.model.active_adapter
+
+    @property
+    def adapters(self) -> list[str]:
+        """The names of all adapters."""
+        return list(self.model.peft_config) if isinstance(self.model, PeftModel) else []
 
     @property
     def prompt(self) -> list[Message]:
@@ -62,27 +82,55 @@ class Conversation:
         Raises:
             HalfbyteError: the line cannot be answered; the conversation is as it was.
         """
+        reply = self._reply(text, self.adapter, stream)
         self.messages.append({"role": "user", "content": text})
-        prompt: Prompt = self.prompt if self.tokenizer.chat_template else text
+        self.messages.append({"role": "assistant", "content": reply})
+        return reply
+
+    def compare(self, text: str, *, width: int) -> str:
+        """Return a table of what the base and every adapter answer to a line.
+
+        Nothing is remembered: each answers to the conversation as it is.
+
+        Args:
+            text: The line.
+            width: Of the table, in letters.
+
+        Raises:
+            HalfbyteError: the line cannot be answered.
+        """
+        table = Table(*["base", *self.adapters], box=SIMPLE, expand=True)
+        answers = [self._reply(text, name, lambda _: None) for name in (None, *self.adapters)]
+        table.add_row(*[Text(answer) for answer in answers])
+        shown = io.StringIO()
+        Console(file=shown, width=width).print(table)
+        lines = (line.rstrip() for line in shown.getvalue().splitlines())
+        return "\n".join(line for line in lines if line)
+
+    def _reply(self, text: str, adapter: str | None, stream: Write) -> str:
+        """Return an adapter's answer to a line, or the base's."""
+        tokenizer = self.tokenizers.get(adapter or "", self.tokenizer)
+        turn: Message = {"role": "user", "content": text}
+        prompt: Prompt = [*self.prompt, turn] if tokenizer.chat_template else text
         pieces: list[str] = []
 
         def collect(piece: str) -> None:
             pieces.append(piece)
             stream(piece)
 
-        try:
-            with self._chosen_adapter(), contextlib.suppress(KeyboardInterrupt):
-                generate(self.model, self.tokenizer, prompt, stream=collect, sampling=self.sampling)
-        except HalfbyteError:
-            self.messages.pop()
-            raise
-        reply = "".join(pieces)
-        self.messages.append({"role": "assistant", "content": reply})
-        return reply
+        with self._use(adapter), contextlib.suppress(KeyboardInterrupt):
+            generate(
+                self.model, tokenizer, prompt,
+                stream=collect, sampling=self.sampling, decoding=self._decoding,
+            )  # fmt: skip
+        return "".join(pieces)
 
-    def _chosen_adapter(self) -> contextlib.AbstractContextManager[None]:
-        if isinstance(self.model, PeftModel) and not self.uses_adapter:
+    def _use(self, adapter: str | None) -> contextlib.AbstractContextManager[None]:
+        if not isinstance(self.model, PeftModel):
+            return contextlib.nullcontext()
+        if adapter is None:
             return self.model.disable_adapter()
+        self.model.set_adapter(adapter)
         return contextlib.nullcontext()
 
     def command(self, line: str) -> str:
@@ -102,6 +150,8 @@ class Conversation:
             return self._save(rest)
         if name == "/adapter":
             return self._switch(rest)
+        if name == "/compare":
+            return self._compare(rest)
         return f"there is no command {name}; /help lists them"
 
     def _save(self, path: str) -> str:
@@ -115,12 +165,29 @@ class Conversation:
         return f"added to {path}"
 
     def _switch(self, choice: str) -> str:
-        if not isinstance(self.model, PeftModel):
+        names = self.adapters
+        if not names:
             return "there is no adapter: start with --adapter"
-        if choice not in ("on", "off"):
-            return f"the adapter is {'on' if self.uses_adapter else 'off'}; /adapter on or off"
-        self.uses_adapter = choice == "on"
-        return f"the adapter is {choice}"
+        if choice == "off":
+            self.adapter = None
+        elif choice in names:
+            self.adapter = choice
+        elif choice == "on" and len(names) == 1:
+            self.adapter = names[0]
+        elif choice not in ("", "list"):
+            return f"there is no adapter {choice}; there are: {', '.join(names)}"
+        marks = [f"* {name}" if name == self.adapter else f"  {name}" for name in names]
+        return "\n".join([*marks, "  off" if self.adapter else "* off"])
+
+    def _compare(self, text: str) -> str:
+        if not self.adapters:
+            return "there is no adapter: start with --adapter"
+        if not text:
+            return "say what to answer: /compare TEXT"
+        try:
+            return self.compare(text, width=shutil.get_terminal_size().columns)
+        except HalfbyteError as error:
+            return str(error)
 
 
 def run_chat(conversation: Conversation, read: Callable[[], str], write: Write) -> None:

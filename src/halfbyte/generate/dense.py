@@ -30,9 +30,12 @@ def dense_weights(model: nn.Module, *, limit_bytes: int | None = None) -> Iterat
     Yields:
         Whether layers are dense now.
     """
-    found = [name for name, module in model.named_modules() if _is_on_cpu(module)]
-    layers = {name: cast(NF4Linear, model.get_submodule(name)) for name in found}
     dtype = cast(torch.dtype, getattr(model, "dtype", torch.float32))
+    layers = {
+        name: cast(NF4Linear, module)
+        for name, module in model.named_modules()
+        if _can_be_dense(module, dtype)
+    }
     num_bytes = sum(layer.in_features * layer.out_features for layer in layers.values())
     limit = available_bytes() * _SHARE if limit_bytes is None else limit_bytes
     is_dense = bool(layers) and num_bytes * dtype.itemsize <= limit
@@ -57,11 +60,12 @@ def available_bytes() -> int:
     return int(found[0]) * 1024 if found else 0
 
 
-def _is_on_cpu(module: nn.Module) -> bool:
+def _can_be_dense(module: nn.Module, dtype: torch.dtype) -> bool:
     return (
         isinstance(module, NF4Linear)
         and module.is_quantized
         and module.weight.device.type == "cpu"
+        and module.compute_dtype in (None, dtype)
         and not module._forward_hooks
         and not module._forward_pre_hooks
     )
@@ -70,7 +74,7 @@ def _is_on_cpu(module: nn.Module) -> bool:
 def _dense(layer: NF4Linear, dtype: torch.dtype) -> nn.Linear:
     """Return the layer with its weight dequantized; the bias is shared."""
     dense = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
-    weight = layer.dequantize(layer.compute_dtype or dtype)
+    weight = layer.dequantize(dtype)
     dense.weight = nn.Parameter(weight, requires_grad=False)
     dense.bias = layer.bias
     return dense.train(layer.training)

@@ -204,10 +204,12 @@ class Engine:
         limit = self._config.prefill_tokens
         pieces = [a.prompt_ids[a.num_read : a.num_read + limit] for a in answers]
         cache = answers[0].cache or DynamicCache()
-        logits = self._model.prefill(pieces, [a.model.slot for a in answers], cache)
         for answer, piece in zip(answers, pieces, strict=True):
             answer.num_read += len(piece)
-        if answers[0].num_read < len(answers[0].prompt_ids):
+        is_partial = answers[0].num_read < len(answers[0].prompt_ids)
+        slots = [answer.model.slot for answer in answers]
+        logits = self._model.prefill(pieces, slots, cache, is_partial=is_partial)
+        if is_partial:
             answers[0].cache = cache
             return
         first = len(self._running)
