@@ -13,10 +13,10 @@ def _implementations():
     return decode_attention_.__wrapped__, twin.decode_attention_
 
 
-@pytest.mark.parametrize(("N", "M", "D"), [(4, 2, 16), (3, 3, 32), (8, 1, 64)])
+@pytest.mark.parametrize(("N", "M", "D"), [(4, 2, 16), (3, 1, 32)])
 def test_it_is_the_last_row_of_causal_attention(N, M, D, triton_device, half_dtype):
     torch.manual_seed(0)
-    lengths, L = [1, 65, 130, 200], 200
+    lengths, L = [1, 65, 130], 130
     B = len(lengths)
     angles = torch.rand(L, D // 2).repeat(1, 2) * 6
     cos, sin = angles.cos().to(triton_device), angles.sin().to(triton_device)

@@ -65,8 +65,8 @@ def _scales(absmax, nested, nested_map, offset, blocks, mask, NESTED: tl.constex
 
 @triton.jit
 def _codes(packed, row, is_row, words, WORDS: tl.constexpr):
-    mask = is_row[:, None, None] & (words < WORDS)
-    at = packed + row[:, None, None] * WORDS + words
+    mask = is_row[:, None] & (words < WORDS)
+    at = packed + row[:, None] * WORDS + words
     return tl.load(at, mask=mask, other=0, eviction_policy="evict_first")
 
 
@@ -147,16 +147,17 @@ def _matvec_kernel(
     if NESTED:
         mean = tl.load(offset)
     WORDS: tl.constexpr = K // 8
-    lane = tl.arange(0, LANES)
-    words = lane[None, :, None] * 4 + tl.arange(0, 4)[None, None, :]
-    quads = lane[None, :]
+    words = tl.arange(0, LANES * 4)[None, :]
+    # Of these words; where blocks are longer, a part of one.
+    NUM_BLOCKS: tl.constexpr = max(LANES * 32 // SIZE, 1)
     codes = _codes(packed, row, is_row, words, WORDS)
     acc = tl.zeros([ROWS, LANES], tl.float32)
-    for _ in tl.range(0, WORDS, LANES * 4):
+    for start in tl.range(0, WORDS, LANES * 4):
         ahead = _codes(packed, row, is_row, words + LANES * 4, WORDS)
+        block = start * 8 // SIZE + tl.arange(0, NUM_BLOCKS)[None, :]
         scale = _scales(
-            absmax, nested, nested_map, mean, row[:, None] * (K // SIZE) + quads // (SIZE // 32),
-            is_row[:, None] & (quads < WORDS // 4), NESTED,
+            absmax, nested, nested_map, mean, row[:, None] * (K // SIZE) + block,
+            is_row[:, None] & (block < K // SIZE), NESTED,
         )  # fmt: skip
         is_in = words < WORDS
         x0 = tl.load(x + words, mask=is_in, other=0.0)
@@ -176,13 +177,14 @@ def _matvec_kernel(
         s += v5 * x5
         s += v6 * x6
         s += v7 * x7
-        s = tl.sum(s, 2) * SCALE
+        s = tl.sum(s.reshape(ROWS, LANES, 4), 2) * SCALE
         if SHIFT != 0:
-            s += tl.sum(((x0 + x1) + (x2 + x3)) + ((x4 + x5) + (x6 + x7)), 2) * SHIFT
-        acc += s * scale
+            total = ((x0 + x1) + (x2 + x3)) + ((x4 + x5) + (x6 + x7))
+            s += tl.sum(total.reshape(1, LANES, 4), 2) * SHIFT
+        scale = tl.broadcast_to(scale[:, :, None], (ROWS, NUM_BLOCKS, LANES // NUM_BLOCKS))
+        acc += s * scale.reshape(ROWS, LANES)
         codes = ahead
         words += LANES * 4
-        quads += LANES
     y = tl.sum(acc, 1)
     at = first + row
     if RANK > 0:
