@@ -1,15 +1,19 @@
 """Tiny models of every family that can be exported, and llama.cpp, where it is installed."""
 
+import dataclasses
 import json
 import shutil
 import subprocess
 from pathlib import Path
 
+import gguf
 import pytest
 import tokenizers
 import torch
 import transformers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+
+from halfbyte.gguf.vocabulary import make_vocabulary
 
 HERE = Path(__file__).parent
 SIZES = {
@@ -140,6 +144,35 @@ def make_sentencepiece(*, prefix: bool) -> PreTrainedTokenizerFast:
         unk_token="<unk>",
         chat_template=template.replace("assistant: {% endif", "assistant:{% endif"),
     )
+
+
+@pytest.fixture(scope="session", name="make_byte_level")
+def _make_byte_level():
+    return make_byte_level
+
+
+@pytest.fixture(scope="session", name="make_sentencepiece")
+def _make_sentencepiece():
+    return make_sentencepiece
+
+
+@pytest.fixture
+def write_tokenizer(tmp_path):
+    """Return a function that writes a file that has nothing but a tokenizer."""
+
+    def write(tokenizer, name="model", **changes):
+        path = tmp_path / "tokenizer.gguf"
+        writer = gguf.GGUFWriter(path, "llama")
+        writer.add_name(name)
+        vocabulary = make_vocabulary(tokenizer, 400)
+        dataclasses.replace(vocabulary, **changes).write(writer)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+        return path
+
+    return write
 
 
 @pytest.fixture
