@@ -15,7 +15,7 @@ from halfbyte.adapters.files import AdapterFiles, read_adapter_files
 
 Consumer = Literal["vLLM", "llama.cpp"]
 # vLLM is started with one of these as --max-lora-rank, 16 if nobody says.
-_VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 _VLLM_DEFAULT_RANK = 16
 _MERGE = "merge it with halfbyte merge, and serve that"
 _CONVERT = "make the file with halfbyte export, which multiplies the difference into B"
@@ -97,9 +97,9 @@ def _ranks(adapter: AdapterFiles) -> Iterator[Limit]:
     """Yield how vLLM has to be started for the rank."""
     config = adapter.config
     rank = max([config.r, *(config.rank_pattern or {}).values()])
-    if rank > _VLLM_RANKS[-1]:
-        yield Limit("vLLM", f"takes ranks up to {_VLLM_RANKS[-1]}, and this is {rank}", _MERGE)
+    if rank > VLLM_RANKS[-1]:
+        yield Limit("vLLM", f"takes ranks up to {VLLM_RANKS[-1]}, and this is {rank}", _MERGE)
     elif rank > _VLLM_DEFAULT_RANK:
-        needed = next(each for each in _VLLM_RANKS if each >= rank)
+        needed = next(each for each in VLLM_RANKS if each >= rank)
         problem = f"takes ranks up to {_VLLM_DEFAULT_RANK} unless told, and this is {rank}"
         yield Limit("vLLM", problem, f"start it with --max-lora-rank {needed}")
