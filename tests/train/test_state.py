@@ -24,6 +24,7 @@ from halfbyte.train import state as state_module
 from halfbyte.train.config import TrainConfig
 from halfbyte.train.events import Notice, StepFinished, StepSkipped
 from halfbyte.train.loop import train
+from halfbyte.train.survive import Survivor
 
 LENGTHS = [5, 9, 12, 7, 20, 6, 8, 11, 4, 15, 5]
 STEPS = 7  # an epoch has 3
@@ -280,6 +281,25 @@ def test_checkpoint_says_what_it_holds(run):
     assert {"torch", "peft", "python", "halfbyte"} <= state["versions"].keys()
     assert len(state["identity"]["data"]["order"]) == 64
     assert state["identity"]["data"]["fingerprint"]
+
+
+def test_micro_steps_that_memory_made_shorter_stay_so(run, monkeypatch):
+    """Cut otherwise, the sums of the resumed run would round otherwise."""
+    seen = []
+    step = Survivor.step
+
+    def spy(survivor, batches, **options):
+        if options["step"] == 2:
+            survivor.max_tokens = 30  # as if memory had run out here
+        seen.append((options["step"], survivor.max_tokens))
+        return step(survivor, batches, **options)
+
+    monkeypatch.setattr(Survivor, "step", spy)
+    expected = adapter(run("whole"))
+    run("cut", kill=6)
+    seen.clear()
+    assert adapter(run("cut", resume_from_checkpoint="auto")) == expected
+    assert seen == [(5, 30), (6, 30)]
 
 
 def test_damaged_generators_are_an_error(run):

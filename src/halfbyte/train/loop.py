@@ -6,6 +6,7 @@ and `Progress`.
 """
 
 import contextlib
+import dataclasses
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -185,7 +186,8 @@ def _skip(run: Run, error: NonFiniteError, seconds: float) -> None:
 
 
 def _advance(run: Run, result: StepResult, rate: float, seconds: float) -> None:
-    run.progress = run.progress.after(result, seconds)
+    after = run.progress.after(result, seconds)
+    run.progress = dataclasses.replace(after, max_tokens=run.steps.max_tokens)
     run.tell(
         StepFinished(
             step=run.progress.step,

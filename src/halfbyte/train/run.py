@@ -172,6 +172,7 @@ def restore(run: Run) -> list[Notice]:
     changes = require_same(saved.identity, run.identity, allowed=config.resume_with_changes)
     load_checkpoint(saved, run.model, run.optimizer)
     run.progress = saved.progress
+    run.steps.max_tokens = saved.progress.max_tokens
     return notices + [Notice(f"resumed with a change: {line}") for line in changes]
 
 

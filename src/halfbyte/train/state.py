@@ -44,6 +44,8 @@ class Progress:
         step: Optimizer steps done, those that were skipped too.
         loss_total: Sum of the losses of all supervised tokens so far.
         seconds: Spent in steps, over all parts of a resumed run.
+        skipped_steps: Steps that were left out, as they were not finite.
+        max_tokens: Most tokens of a micro-step since memory ran out; another cut, other roundings.
     """
 
     step: int = 0
@@ -52,6 +54,7 @@ class Progress:
     loss_total: float = 0.0
     seconds: float = 0.0
     skipped_steps: int = 0
+    max_tokens: int | None = None
 
     def after_skip(self, seconds: float) -> "Progress":
         """Return the progress after a step that was left out."""
