@@ -49,6 +49,12 @@ def test_other_machines_without_a_key_are_warned_of(run):
     assert "anybody who reaches 0.0.0.0" in result.stderr
 
 
+def test_vllms_command_is_printed(run, tiny_base):
+    result = run("serve", tiny_base, "--print-vllm", "--max-model-len", 128)
+    assert result.exit_code == 0, result.output
+    assert result.stdout == f"vllm serve {tiny_base} --max-model-len 128\n"
+
+
 @pytest.mark.slow
 def test_a_run_is_served_until_a_signal(trained):
     command = [sys.executable, "-m", "halfbyte", "serve", str(trained), "--port", "0"]

@@ -69,6 +69,25 @@ def named_adapters(values: Sequence[str] | None) -> dict[str, str]:
     return found
 
 
+def find_model(model: str, adapters: Mapping[str, str]) -> tuple[str | Path, dict[str, str]]:
+    """Return the base that MODEL means, and the adapters that go on it.
+
+    Where MODEL is an adapter's folder, the base is that adapter's, and it is the first of them.
+
+    Raises:
+        HalfbyteError: the adapter is damaged, or its base is gone.
+    """
+    from halfbyte.adapters.files import CONFIG_FILE, read_adapter_files
+    from halfbyte.config import resolve_model
+    from halfbyte.export.record import find_base
+
+    base = resolve_model(model)
+    if not (Path(base) / CONFIG_FILE).is_file():
+        return base, dict(adapters)
+    found = {Path(base).name: base, **adapters}
+    return find_base(read_adapter_files(base)), found
+
+
 def open_base(
     model: str,
     adapters: Mapping[str, str],
@@ -76,23 +95,14 @@ def open_base(
     device: str | None = None,
     dtype: str | None = None,
 ) -> tuple[Any, Any, dict[str, str]]:
-    """Return (model, tokenizer, adapters): the base alone, and what goes on it by name.
-
-    Where MODEL is an adapter's folder, its base is loaded, and the adapter is the first of them.
+    """Return (model, tokenizer, adapters): the base alone, and what goes on it; see `find_model`.
 
     Raises:
         HalfbyteError: something is missing, damaged or does not fit.
     """
-    from halfbyte.adapters.files import CONFIG_FILE, read_adapter_files
-    from halfbyte.config import resolve_model
-    from halfbyte.export.record import find_base
     from halfbyte.models.load import load
 
-    base: str | Path = resolve_model(model)
-    found = dict(adapters)
-    if (Path(base) / CONFIG_FILE).is_file():
-        found = {Path(base).name: str(base), **found}
-        base = find_base(read_adapter_files(base))
+    base, found = find_model(model, adapters)
     first = next(iter(found.values()), None)
     loaded, tokenizer = load(base, quant=_config(quant, first), device=device, dtype=dtype)
     return loaded, tokenizer, found

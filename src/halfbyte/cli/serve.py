@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import shlex
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -49,11 +50,17 @@ def serve(
         str | None, typer.Option(help="bfloat16, float16 or float32; by default what is fast.")
     ] = None,
     device: Device = None,
+    print_vllm: Annotated[
+        bool, typer.Option("--print-vllm", help="Print vLLM's command for these files, and end.")
+    ] = False,
 ) -> None:
     """Serve MODEL and its adapters to OpenAI clients, chosen by `model` in each request.
 
     Ctrl-C or SIGTERM ends it: requests under way are completed, new ones refused.
     """
+    if print_vllm:
+        _print_vllm(model, adapter, served_model_name, max_model_len)
+        return
     _check_is_installed()
     from halfbyte.cli.display import quieten
 
@@ -87,6 +94,17 @@ def serve(
     server = Server(app, service, address, on_ready=lambda url: _announce(url, service))
     server.run_until_signal()
     print("stopped", file=sys.stderr)
+
+
+def _print_vllm(
+    model: str, adapter: list[str] | None, name: str | None, max_model_len: int | None
+) -> None:
+    from halfbyte.cli.opening import find_model, named_adapters
+    from halfbyte.serve.vllm import vllm_command
+
+    base, adapters = find_model(model, named_adapters(adapter))
+    command = vllm_command(str(base), adapters, served_model_name=name, max_model_len=max_model_len)
+    print(shlex.join(command))
 
 
 def read_api_key(variable: str | None, file: Path | None) -> str | None:
