@@ -13,7 +13,15 @@ from halfbyte.train import loss as loss_module
 from halfbyte.train.config import TrainConfig
 from halfbyte.train.events import MemoryShort, StepFinished
 from halfbyte.train.loop import train
-from halfbyte.train.memory import explain, memory_fields, peak_by_owner
+from halfbyte.train.loss import LanguageModel
+from halfbyte.train.memory import (
+    explain,
+    longest_step,
+    memory_fields,
+    peak_by_owner,
+    rehearse,
+)
+from halfbyte.train.survive import Survivor
 
 
 @pytest.fixture
@@ -82,3 +90,31 @@ def test_explanation_knows_the_longest_row(make_lora, rows_of):
     shortage = Shortage(torch.device("cuda"), "no room", total_bytes=2**30)
     error = explain(shortage, make_lora(), TrainConfig(per_device_train_batch_size=2), batches)
     assert "2 x 30 tokens" in error.message
+
+
+def plan_of(rows, **changes):
+    settings = {
+        "batch_size": 2, "gradient_accumulation_steps": 2, "packing": False, "max_length": 64,
+        "seed": 0, "pad_token_id": 0,
+    }  # fmt: skip
+    return BatchPlan(rows, **{**settings, **changes})
+
+
+def test_the_longest_step_has_the_longest_rows(rows_of):
+    batches = longest_step(plan_of(rows_of([9, 30, 7, 12, 5, 20])))
+    assert [batch.num_tokens for batch in batches] == [50, 21]
+    packed = longest_step(plan_of(rows_of([9, 30, 7, 12, 5, 20]), packing=True))
+    assert sum(batch.num_tokens for batch in packed) > 60
+
+
+def test_a_rehearsal_changes_nothing_and_tells_both_numbers(make_lora, rows_of):
+    model = make_lora()
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    optimizer = AdamW([(n, p) for n, p in model.named_parameters() if p.requires_grad])
+    steps = Survivor(LanguageModel.of(model), optimizer, tell=print, explain=print)
+    notice = rehearse(steps, plan_of(rows_of([9, 30, 7, 12])), TrainConfig())
+    assert "predicted" in notice.message
+    assert "measured" in notice.message
+    assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
+    assert optimizer.grad_norm() == 0
+    assert optimizer.steps_done == 0

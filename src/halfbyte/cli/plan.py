@@ -166,6 +166,22 @@ def show(prediction: "Prediction", *, title: str) -> None:
     print_facts(title, facts)
 
 
+def before_training(config: "RunConfig") -> None:
+    """Print the plan of a run that is about to load its model on a GPU."""
+    from halfbyte.device import resolve_device
+    from halfbyte.plan.fit import changes
+
+    if resolve_device(config.device).type != "cuda":
+        return
+    planner = make_planner(config)
+    prediction = planner.predict(setting_of(config, planner, card_memory(None, None)))
+    show(prediction, title=f"plan of {_title(config, prediction, 1)}")
+    if not prediction.fits:
+        print("note: micro-batches will be cut until a step fits; it would fit whole with")
+        for change in changes(planner, prediction):
+            print(f"  {change.text}  (peak {_gib(change.peak_bytes)})")
+
+
 def _title(config: "RunConfig", prediction: "Prediction", gpus: int) -> str:
     setting = prediction.setting
     each = f" on each of {gpus} cards" if gpus > 1 else ""

@@ -1,6 +1,6 @@
 """halfbyte train: one YAML file, one run."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -76,12 +76,14 @@ def run(config: "RunConfig", *, listeners: Sequence["Listener"] = ()) -> None:
     """Check the data, load the model, train, and say what came out."""
     from halfbyte.adapters.inject import add_lora
     from halfbyte.cli.display import print_facts, size
+    from halfbyte.cli.plan import before_training
     from halfbyte.export.consumers import adapter_limits
     from halfbyte.models.load import load
     from halfbyte.train.determinism import determinism
     from halfbyte.train.loop import train as train_model
 
     check(config)
+    before_training(config)
     with determinism(enabled=config.train.deterministic):  # before the first product on a GPU
         model, tokenizer = load(
             config.model_path,
@@ -100,7 +102,7 @@ def run(config: "RunConfig", *, listeners: Sequence["Listener"] = ()) -> None:
         "training loss": f"{result.loss:.4f}",
         "held-out loss": "-" if result.eval_loss is None else f"{result.eval_loss:.4f}",
         "tokens/s": f"{result.tokens_per_second:,.0f}",
-        "peak memory": size(result.peak_bytes),
+        "peak memory": size(result.peak_bytes) + _owners(result.peak_by_owner),
         "adapter": output_dir,
         "next": f"halfbyte chat {output_dir}  or  halfbyte merge {output_dir} {output_dir}-merged",
     }
@@ -137,6 +139,12 @@ def check(config: "RunConfig") -> None:
     check_targets(model, lora)
     tokenizer = load_tokenizer(folder, model.get_input_embeddings().num_embeddings)
     QuietingConsole().print(prepare(config.data, tokenizer, seed=config.train.seed).summary)
+
+
+def _owners(owners: Mapping[str, int]) -> str:
+    from halfbyte.plan.explain import by_owner
+
+    return f" ({by_owner(owners)})" if owners else ""
 
 
 def _record(config: "RunConfig") -> "Listener":

@@ -126,9 +126,8 @@ def _event_line(event: Event) -> str | None:
     if isinstance(event, Notice):
         return f"note: {event.message}"
     if isinstance(event, MemoryShort):
-        return f"memory ran out in step {event.step}; it was done with less: " + "; ".join(
-            event.measures
-        )
+        when = f"in step {event.step}" if event.step else "before the first step"
+        return f"memory ran out {when}; it went on with less: {'; '.join(event.measures)}"
     if isinstance(event, StepSkipped):
         count = f"{event.skipped_steps} of at most {event.max_skipped_steps}"
         return f"skipped step {event.step} ({count}): {event.reason}"

@@ -91,7 +91,7 @@ class MemoryShort:
     """Memory ran out in a step, which then went through with less; so do the steps after it.
 
     Attributes:
-        step: Steps done, this one included.
+        step: Steps done, this one included; 0 for the rehearsal before the first.
         measures: What was given up, in order.
         max_tokens: Most tokens in a micro-step from now on; None where none was cut.
     """

@@ -42,7 +42,7 @@ from halfbyte.train.events import (
     TrainResult,
 )
 from halfbyte.train.inputs import Data
-from halfbyte.train.memory import memory_fields, peak_by_owner
+from halfbyte.train.memory import memory_fields, peak_by_owner, rehearse
 from halfbyte.train.result import describe_run, finished_result, write_result
 from halfbyte.train.run import Run, announce, assemble, restore
 from halfbyte.train.signals import Interrupted, Interruption
@@ -128,6 +128,8 @@ def _do_steps(run: Run, listeners: Sequence[Listener]) -> TrainResult:
     announce(run, listeners, restore(run))
     description = describe_run(run.model, run.inputs, config, run.identity)
     write_json(run.output_dir / RUN_FILE, description)
+    if run.device.type == "cuda":
+        run.tell(rehearse(run.steps, run.plan, config))
     with _writer(run) as writer, Interruption() as interruption:
         if config.eval_on_start and run.progress.step == 0:
             _evaluate(run, interruption)

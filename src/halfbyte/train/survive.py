@@ -91,6 +91,24 @@ class Survivor:
             self._tell(MemoryShort(step + 1, tuple(measures), self.max_tokens))
         return result
 
+    def rehearse(self, batches: Sequence[Batch], *, seed: int) -> None:
+        """Do all of a step but the update and forget it, so that room is made before it matters.
+
+        Raises:
+            DeviceError: the step does not fit, whatever is given up.
+        """
+        measures: list[str] = []
+        self._persist(
+            lambda: compute_gradients(
+                self.model, self.optimizer, batches, step=0, seed=seed, max_tokens=self.max_tokens
+            ),
+            lambda shortage: self._make_room(shortage, batches),
+            measures,
+        )
+        self.optimizer.zero_grad()
+        if measures:
+            self._tell(MemoryShort(0, tuple(measures), self.max_tokens))
+
     def _persist(
         self,
         attempt: Callable[[], _T],
