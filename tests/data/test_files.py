@@ -2,6 +2,8 @@ import json
 import os
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from halfbyte.data import files
 from halfbyte.data.files import Broken, read_file, read_objects
@@ -123,3 +125,55 @@ def test_rows_in_memory():
         list(read_objects([{}, "text"]))
     with pytest.raises(DataError, match="row 1 holds something"):
         list(read_objects([{"a": object()}]))
+
+
+JSON_PIECES = st.sampled_from(
+    [
+        *(b'{"a": 1}', b"[", b"]", b"{", b"}", b'"', b"\n", b"\r\n", b",", b":", b"\x00", b"\xff"),
+        *(
+            b"\xef\xbb\xbf",
+            b"1e999",
+            b"NaN",
+            b'"\\ud800"',
+            b'{"a": "b", "a": "c"}',
+            b"\xe2\x80\xa8",
+        ),
+    ]
+)
+
+
+@settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
+@given(
+    content=st.one_of(st.binary(max_size=200), st.lists(JSON_PIECES, max_size=20).map(b"".join)),
+    suffix=st.sampled_from([".jsonl", ".json", ".csv", ".tsv", ".txt"]),
+)
+def test_any_bytes_are_rows_or_errors(tmp_path, content, suffix):
+    path = tmp_path / f"data{suffix}"
+    path.write_bytes(content)
+    try:
+        found = list(read_file(path))
+    except DataError:
+        return
+    for row in found:
+        assert row.where.startswith(path.name)
+        if isinstance(row, Broken):
+            assert row.message
+            assert row.file == path.name
+        else:
+            assert isinstance(json.loads(row.json), dict)
+
+
+def test_a_file_of_another_kind_is_given_up_early(tmp_path):
+    path = write(tmp_path, "a.jsonl", "no JSON\n" * 5000)
+    found = list(read_file(path))
+    assert len(found) == files.MAX_BROKEN_ROWS + 2
+    assert "rest of the file was left out" in found[-1].message
+
+
+def test_keys_that_stand_twice_and_long_lines_are_broken_rows(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "MAX_LINE_BYTES", 30)
+    path = write(tmp_path, "a.jsonl", '{"a": 1, "a": 2}\n{"a": "' + "x" * 99 + '"}\n{"a": 3}\n')
+    first, second, third = read_file(path)
+    assert "the key 'a' stands in one object twice" in first.message
+    assert second.message.startswith("a.jsonl line 2 is longer than")
+    assert third.where == "a.jsonl line 3"
