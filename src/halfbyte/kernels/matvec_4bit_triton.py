@@ -368,6 +368,7 @@ def _matmul(x, group, before, residual, how, rows) -> Tensor:
     xa = x @ group.lora_A.t() if ranks else x
     rank = ranks // len(group.weights)
     T, N = x.shape[0], sum(outputs)
+    block_t = max(triton.next_power_of_2(T), 16)
     out = torch.empty(T, N, dtype=x.dtype, device=x.device)
     _matmul_kernel[(sum(triton.cdiv(n, rows) for n in outputs),)](
         x, xa, *(out if t is None else t for t in (group.lora_B, group.bias, residual)),
@@ -375,8 +376,8 @@ def _matmul(x, group, before, residual, how, rows) -> Tensor:
         RANK=rank, BLOCK_R=max(triton.next_power_of_2(max(rank, 1)), 16),
         HAS_BIAS=group.bias is not None, HAS_RESIDUAL=residual is not None,
         K=first.shape[1], SIZE=first.block_size, NESTED=first.nested_absmax is not None,
-        ROWS=rows, COLUMNS=128, BLOCK_T=max(triton.next_power_of_2(T), 16),
+        ROWS=rows, COLUMNS=128, BLOCK_T=block_t,
         ASM=how.asm, X_SCALE=how.x_scale, SCALE=how.scale, SHIFT=how.shift,
-        num_warps=4,
+        num_warps=4, num_stages=4 if block_t <= 32 else 3,
     )  # fmt: skip
     return out
