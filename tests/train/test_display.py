@@ -12,8 +12,10 @@ from halfbyte.train.display import duration, make_display, sparkline
 from halfbyte.train.events import (
     CheckpointSaved,
     Evaluated,
+    HealthFinding,
     Notice,
     StepFinished,
+    StepSkipped,
     TrainingFinished,
     TrainingStarted,
     TrainingStopped,
@@ -81,6 +83,21 @@ def test_stopping_is_shown_and_the_terminal_given_back(terminal):
 def test_stopping_before_the_start_breaks_nothing():
     _, text = shown([TrainingStopped("no rows")], terminal=True)
     assert "no rows" in text
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_health_and_skipped_steps_are_shown(terminal):
+    events = [
+        STARTED,
+        StepSkipped(1, "the loss is nan, in row 3 of the data", (2,), 1, 4),
+        HealthFinding(2, "flat_loss", "the loss has not fallen", "too low a rate", "a higher one"),
+        TrainingStopped("enough"),
+    ]
+    _, text = shown(events, terminal=terminal)
+    assert "skipped step 1 (1 of at most 4): the loss is nan, in row 3 of the data" in text
+    assert "health: the loss has not fallen (step 2)." in text
+    assert "likely cause: too low a rate" in text
+    assert "try: a higher one" in text
 
 
 def test_reader_that_goes_away_ends_nothing():

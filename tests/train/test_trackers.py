@@ -5,7 +5,7 @@ from accelerate import tracking
 
 from halfbyte.errors import ConfigError
 from halfbyte.train.config import TrainConfig
-from halfbyte.train.events import Notice
+from halfbyte.train.events import HealthFinding, Notice
 from halfbyte.train.loop import train
 from halfbyte.train.trackers import make_trackers
 
@@ -89,6 +89,15 @@ def test_tracker_that_fails_ends_no_run(
     assert "the tracker wandb failed; training goes on" in notices[0]
     assert "no route to host" in notices[0]
     assert len(notices) == (2 if failing == "log" else 1)
+
+
+def test_health_is_a_mark_at_its_step(monkeypatch, tmp_path):
+    monkeypatch.setitem(tracking.LOGGER_TYPE_TO_CLASS, "wandb", Recorder)
+    Recorder.calls.clear()
+    config = TrainConfig(output_dir=str(tmp_path), report_to="wandb")
+    (tracker,) = make_trackers(config, "run", print)
+    tracker(HealthFinding(7, "flat_loss", "what", "cause", "advice"))
+    assert Recorder.calls[-1] == ("log", {"train/health_flat_loss": 1}, 7)
 
 
 def test_no_tracker_by_default(tmp_path):

@@ -10,6 +10,7 @@ from halfbyte.checkpoint.publish import verify
 from halfbyte.errors import CheckpointError
 from halfbyte.optim.adamw import AdamW
 from halfbyte.train import writer as module
+from halfbyte.train.adapter_norms import AdapterProbe
 from halfbyte.train.directory import checkpoints
 from halfbyte.train.state import Progress, load_checkpoint, read_checkpoint
 from halfbyte.train.writer import CheckpointWriter
@@ -110,6 +111,22 @@ def test_lost_directory_is_not_made_again(saving, tmp_path):
         with pytest.raises(CheckpointError, match="is gone"):
             writer.finished(wait=True)
     assert not tmp_path.exists()
+
+
+@pytest.mark.gpu
+def test_saving_and_measuring_do_not_wait_for_a_gpu(make_lora, tmp_path):
+    model = make_lora().cuda()
+    optimizer = AdamW(model.named_parameters())
+    probe = AdapterProbe(model)
+    with CheckpointWriter(tmp_path, model, optimizer, {}, steps_per_epoch=3, limit=None) as writer:
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            writer.save(Progress(step=1))
+            probe.measure()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        assert writer.finished(wait=True).step == 1
+    assert len(probe.read()) == 14
 
 
 def test_old_ones_go(saving, tmp_path):

@@ -4,6 +4,7 @@ On a GPU the copies are put in line behind the step's own work: nothing waits, a
 in the line cannot change what they take. Whoever reads them waits for the copies, not for training.
 """
 
+import contextlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -22,12 +23,19 @@ class HostBuffers:
         for name, tensor in tensors.items():
             buffer = self._buffers.get(name)
             if buffer is None or (buffer.shape, buffer.dtype) != (tensor.shape, tensor.dtype):
-                buffer = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
-                self._buffers[name] = buffer
+                buffer = self._buffers[name] = _host_memory(tensor)
             buffer.copy_(tensor.detach(), non_blocking=True)
         devices = {tensor.device for tensor in tensors.values() if tensor.is_cuda}
         events = [torch.cuda.current_stream(device).record_event() for device in devices]
         return HostCopy({name: self._buffers[name] for name in tensors}, tuple(events))
+
+
+def _host_memory(tensor: Tensor) -> Tensor:
+    """Return memory for a copy of `tensor`; where none can be pinned, the copy will wait."""
+    if tensor.is_cuda:
+        with contextlib.suppress(RuntimeError):
+            return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    return torch.empty(tensor.shape, dtype=tensor.dtype)
 
 
 @dataclass(frozen=True)
