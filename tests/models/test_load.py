@@ -245,6 +245,8 @@ def test_a_config_that_asks_for_code_of_the_hub(base, change_config):
         {"hidden_act": "evil"},
         {"model_type": "nothing"},
         {"model_type": None},
+        {"pad_token_id": 10**9},
+        {"dtype": []},
     ],
 )
 def test_case_21_a_config_that_makes_no_sense(base, change_config, settings):
@@ -252,6 +254,19 @@ def test_case_21_a_config_that_makes_no_sense(base, change_config, settings):
         json.dumps(json.loads((base / "config.json").read_text()) | settings)
     )
     refused(base, r"config\.json")
+
+
+@pytest.mark.parametrize("text", ["[1]", "null", "{", '{"watermarking_config": 5}'])
+def test_case_21_generation_settings_that_make_no_sense(base, text):
+    (base / "generation_config.json").write_text(text)
+    refused(base, r"generation_config\.json")
+
+
+def test_an_adapter_that_does_not_name_its_base(base, tmp_path):
+    folder = tmp_path / "adapter"
+    folder.mkdir()
+    (folder / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    refused(folder, "does not say what its base model is")
 
 
 @pytest.mark.parametrize("text", ['{"a": NaN}', '{"model_type": "llama", "model_type": "gpt2"}'])

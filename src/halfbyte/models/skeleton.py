@@ -10,7 +10,13 @@ from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+from transformers import (
+    CONFIG_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    GenerationConfig,
+    PreTrainedConfig,
+)
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 from transformers.pytorch_utils import Conv1D
@@ -25,9 +31,10 @@ _SENSELESS = (
     OSError,
     ValueError,
     TypeError,
-    KeyError,
+    LookupError,
     AttributeError,
     ArithmeticError,
+    AssertionError,
     RuntimeError,
     StrictDataclassError,
 )
@@ -70,6 +77,7 @@ def read_skeleton(folder: Path) -> Skeleton:
             need code of their own, or are quantized in another way than bitsandbytes' four bits.
     """
     settings = _read_settings(folder)
+    _check_generation(folder)
     reader = CheckpointReader(folder)
     quantization = settings.pop("quantization_config", None)
     config, model = _build(folder, len(reader.names()))
@@ -148,6 +156,20 @@ def _read_settings(folder: Path) -> dict[str, Any]:
     if attention is not None and "/" in str(attention):
         raise CheckpointError(f"{path} asks for the attention code {attention!r} of the hub")
     return settings
+
+
+def _check_generation(folder: Path) -> None:
+    """Refuse a generation_config.json that transformers stumbles over when it loads the weights."""
+    path = folder / "generation_config.json"
+    if not path.exists():
+        return
+    read_json(inside(folder, path.name))
+    try:
+        GenerationConfig.from_pretrained(folder, local_files_only=True)
+    except _SENSELESS as error:
+        raise CheckpointError(
+            f"{path} cannot be read: {error}", hint="remove it, or copy it again"
+        ) from error
 
 
 def _build(folder: Path, num_tensors: int) -> tuple[PreTrainedConfig, Any]:
