@@ -353,3 +353,17 @@ def test_a_folder_that_is_taken_is_refused_before_anything_is_read(tmp_path):
     (tmp_path / "merged" / "mine").write_text("mine")
     with pytest.raises(CheckpointError, match="already exists"):
         merge(tmp_path / "no adapter", tmp_path / "merged")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("onto", ["dequantized", "original", "quantized"])
+def test_the_gpu_merges_like_the_cpu(tiny_base, make_adapter, rows, tmp_path, onto):
+    folder, _ = make_adapter(tiny_base)
+    states = []
+    for device in ("cpu", "cuda"):
+        result = merge(folder, tmp_path / device, onto=onto, device=device, data=rows)
+        assert onto in result.choice.measured.candidates
+        model, _ = load(tmp_path / device, quant=None, device="cpu", dtype=torch.float32)
+        states.append(model.state_dict())
+    for name, tensor in states[0].items():
+        assert (tensor != states[1][name]).float().mean() < 1e-3, name

@@ -81,6 +81,57 @@ class _Row:
     targets: Tensor
 
 
+@dataclass(frozen=True)
+class Reference:
+    """What a model predicts on some rows, to compare others with.
+
+    Attributes:
+        rows: The rows.
+        log_probs: Of each row its log-probabilities [N, V], float32 on the CPU.
+    """
+
+    rows: list[_Row]
+    log_probs: list[Tensor]
+
+    @classmethod
+    def of(cls, model: Any, table: Dataset) -> "Reference":
+        """Let `model` predict rows of `table` (`input_ids`, `labels`), as many as are needed.
+
+        Raises:
+            DataError: none has a supervised token.
+        """
+        rows = _choose_rows(table, model.get_output_embeddings().weight.shape[0])
+        return cls(rows, [_log_probs(model, row).cpu() for row in rows])
+
+    @property
+    def tokens(self) -> int:
+        """Supervised tokens."""
+        return sum(len(row.targets) for row in self.rows)
+
+    @property
+    def loss(self) -> float:
+        """Mean loss of the model that the reference is of."""
+        losses = [_losses(p, row) for p, row in zip(self.log_probs, self.rows, strict=True)]
+        return float(torch.cat(losses).mean())
+
+    def compare(self, model: Any) -> Fidelity:
+        """Return how far `model` is from it."""
+        losses, divergences, agreements = [], [], []
+        for row, kept in zip(self.rows, self.log_probs, strict=True):
+            log_q = _log_probs(model, row)
+            log_p = kept.to(log_q.device)
+            losses.append(_losses(log_q, row))
+            divergences.append((log_p.exp() * (log_p - log_q)).sum(-1, dtype=torch.float64))
+            agreements.append((log_p.argmax(-1) == log_q.argmax(-1)).double())
+        kl = torch.cat(divergences)
+        return Fidelity(
+            loss=float(torch.cat(losses).mean()),
+            kl=float(kl.mean()),
+            kl_error=float(kl.std() / math.sqrt(len(kl))) if len(kl) > 1 else 0.0,
+            agreement=float(torch.cat(agreements).mean()),
+        )
+
+
 def measure(source: Source, forms: Iterable[Form]) -> Measurement:
     """Compare what `source` would merge to with what was trained, on the rows of its settings.
 
@@ -88,7 +139,9 @@ def measure(source: Source, forms: Iterable[Form]) -> Measurement:
         DataError: there are no rows, or none has a supervised token.
         DeviceError: the models do not fit the memory.
     """
-    recipe, device = source.recipe, source.device
+    recipe, device, data = source.recipe, source.device, source.config.data
+    if data is None:
+        raise DataError("there are no rows to measure on", hint="give some with data=...")
     dtype = recipe.dtype if recipe else None
     _check_memory(source, dtype)
     model, tokenizer = load(
@@ -98,31 +151,19 @@ def measure(source: Source, forms: Iterable[Form]) -> Measurement:
         dtype=dtype,
         adapter=source.adapter.folder,
     )
-    dtype = model.dtype
-    data = source.config.data
-    if data is None:
-        raise DataError("there are no rows to measure on", hint="give some with data=...")
     table = tokenized(data, tokenizer, seed=source.config.seed, prefer_held_out=True)
-    rows = _choose_rows(table, model.get_output_embeddings().weight.shape[0])
-    reference = [_log_probs(model, row).cpu() for row in rows]
+    reference, dtype = Reference.of(model, table), model.dtype
     del model
     _release(device)
     dense, _ = load(source.folder, quant=None, device=device, dtype=dtype)
-    found = {}
-    wanted = set(forms)
+    found, wanted = {}, set(forms)
     for form in _ORDER:
         if form in wanted:
             _put(dense, source, source.merger(form).tensors())
-            found[form] = _compare(dense, rows, reference)
+            found[form] = reference.compare(dense)
     del dense
     _release(device)
-    losses = [_losses(p, row) for p, row in zip(reference, rows, strict=True)]
-    return Measurement(
-        rows=len(rows),
-        tokens=sum(len(row.targets) for row in rows),
-        reference_loss=float(torch.cat(losses).mean()),
-        candidates=found,
-    )
+    return Measurement(len(reference.rows), reference.tokens, reference.loss, found)
 
 
 def _check_memory(source: Source, dtype: torch.dtype | None) -> None:
@@ -171,23 +212,6 @@ def _log_probs(model: Any, row: _Row) -> Tensor:
 def _losses(log_probs: Tensor, row: _Row) -> Tensor:
     targets = row.targets.to(log_probs.device).unsqueeze(1)
     return -log_probs.gather(1, targets).squeeze(1).double()
-
-
-def _compare(model: Any, rows: list[_Row], reference: list[Tensor]) -> Fidelity:
-    losses, divergences, agreements = [], [], []
-    for row, kept in zip(rows, reference, strict=True):
-        log_q = _log_probs(model, row)
-        log_p = kept.to(log_q.device)
-        losses.append(_losses(log_q, row))
-        divergences.append((log_p.exp() * (log_p - log_q)).sum(-1, dtype=torch.float64))
-        agreements.append((log_p.argmax(-1) == log_q.argmax(-1)).double())
-    kl = torch.cat(divergences)
-    return Fidelity(
-        loss=float(torch.cat(losses).mean()),
-        kl=float(kl.mean()),
-        kl_error=float(kl.std() / math.sqrt(len(kl))) if len(kl) > 1 else 0.0,
-        agreement=float(torch.cat(agreements).mean()),
-    )
 
 
 def _put(model: Any, source: Source, tensors: Iterable[Merged]) -> None:
