@@ -123,7 +123,7 @@ class CpuLayer(FusedLayer):
     def __init__(self, layer: Any, config: Any, index: int) -> None:
         super().__init__(layer, config, index)
         out = self.out
-        self.groups = Groups(*map(Group, (self.qkv, out.o, out.gate_up, out.down)))
+        self.products = Groups(*map(Group, (self.qkv, out.o, out.gate_up, out.down)))
 
     def _forward(
         self,
@@ -134,7 +134,7 @@ class CpuLayer(FusedLayer):
         keep: Keep,
         seed: Tensor | None,
     ) -> Tensor:
-        shape, groups = self.shape, self.groups
+        shape, groups = self.shape, self.products
         x, query, key, value = _IntoAttention.apply(
             x, groups.qkv, shape, self.input_norm, cos, sin, seed, *self.qkv.adapters
         )
