@@ -176,3 +176,22 @@ def test_rows_of_a_batch_do_not_depend_on_each_other(make_tokenizer):
     together = encoder.encode(examples)
     assert [len(rows) for rows in together] == [1, 0, 1]
     assert together == [encoder.encode([example])[0] for example in examples]
+
+
+def test_special_tokens_spelled_in_reasoning_and_arguments_stay_text(make_tokenizer, learned):
+    template = (
+        "{% for m in messages %}{{ m.role }}:{{ m.reasoning_content }}{{ m.content }}"
+        "{% for c in m.tool_calls or [] %}{{ c.function | tojson }}{% endfor %}{{ eos_token }}"
+        "{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}"
+    )
+    tokenizer = make_tokenizer(template=template)
+    call = {"function": {"name": "say", "arguments": {"text": ["</s>"]}}}
+    answer = {"role": "assistant", "content": "x", "reasoning_content": "a</s>b"}
+    messages = [{"role": "user", "content": "q"}, {**answer, "tool_calls": [call]}]
+    ((row,),) = ChatEncoder(tokenizer, None, loss_on="assistant").encode(
+        [("row 1", Example(messages))]
+    )
+    assert row.input_ids.count(tokenizer.eos_token_id) == 2  # the template's own
+    assert row.notes == Note.SPECIAL_TEXT
+    (text,) = learned(tokenizer, row)
+    assert text == 'a</s>bx{"name": "say", "arguments": {"text": ["</s>"]}}</s>'

@@ -474,3 +474,28 @@ def test_template_may_not_leave_the_sandbox(make_tokenizer):
     renderer = Renderer(make_tokenizer(template=escape), None, loss_on="assistant")
     with pytest.raises(DataError, match="unsafe"):
         renderer.rows(THREE_TURNS[:2])
+
+
+def test_a_template_that_never_ends_is_stopped(make_tokenizer, monkeypatch):
+    monkeypatch.setattr("halfbyte.data.sandbox.MAX_SECONDS", 0.2)
+    endless = (
+        "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
+        "{{ messages[0].content }}"
+    )
+    renderer = Renderer(make_tokenizer(template=endless), None, loss_on="assistant")
+    with pytest.raises(DataError, match=r"was stopped: it takes longer than 0\.2 s"):
+        renderer.rows(THREE_TURNS[:2])
+
+
+def test_a_rendering_unlike_that_of_transformers_is_refused(make_tokenizer, monkeypatch):
+    tokenizer = make_tokenizer(template="{{ messages[0].content }}{{ eos_token }}")
+    monkeypatch.setattr(type(tokenizer), "apply_chat_template", lambda *_, **__: "other")
+    renderer = Renderer(tokenizer, None, loss_on="assistant")
+    with pytest.raises(DataError, match="in another way than Halfbyte: 'other'"):
+        renderer.render(THREE_TURNS[:1])
+
+
+def test_a_template_may_ask_for_the_time(make_tokenizer):
+    template = "{{ strftime_now('%Y-%m-%d %f') }}{{ messages[0].content }}"
+    renderer = Renderer(make_tokenizer(template=template), None, loss_on="assistant")
+    assert re.match(r"\d{4}-\d\d-\d\d \d{6}What", renderer.render(THREE_TURNS[:1]))

@@ -13,7 +13,7 @@ its text are tokenized one by one:
 
 import itertools
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -166,14 +166,25 @@ class ChatEncoder:
             return shields.setdefault(match.group(), _SHIELDS[len(shields) % len(_SHIELDS)])
 
         hidden = [
-            {**message, "content": self._special.sub(hide, message["content"])}
-            if message.get("content")
-            else message
+            {
+                name: value if name == "role" else self._without_special(value, hide)
+                for name, value in message.items()
+            }
             for message in messages
         ]
         if not shields or len(shields) > len(_SHIELDS):
             return messages, {}
         return hidden, {shield: text for text, shield in shields.items()}
+
+    def _without_special(self, value: Any, hide: Callable[[re.Match[str]], str]) -> Any:
+        """Return a value of a message with the special tokens in its texts replaced."""
+        if isinstance(value, str):
+            return self._special.sub(hide, value)
+        if isinstance(value, list):
+            return [self._without_special(item, hide) for item in value]
+        if isinstance(value, dict):
+            return {name: self._without_special(item, hide) for name, item in value.items()}
+        return value
 
     def _finish(self, row: "_Row", encoding: Encoding) -> Encoded:
         if row.is_document:
