@@ -82,7 +82,7 @@ def export_adapter(
 
 
 def _notices(source: Source) -> list[str]:
-    if source.recipe is None and not source.is_packed:
+    if not source.adapter.identity.get("quantization") and not source.is_packed:
         return []
     return [
         "this adapter was trained on a base in 4 bits: write that base with --base-only, and put "

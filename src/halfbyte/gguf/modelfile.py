@@ -34,6 +34,10 @@ _PARAMETERS = {
     "repetition_penalty": "repeat_penalty",
 }
 _MARKS = ("Q1q", "Q2q", "Q3q", "Q4q", "Q5q", "Q6q")
+_OTHERWISE = (
+    "serve the GGUF file with llama.cpp (llama-server --jinja), which reads the template itself, "
+    "or train with one of the named templates"
+)
 _REFUSALS = (jinja2.TemplateError, HalfbyteError, LookupError, TypeError, ValueError)
 
 
@@ -143,8 +147,7 @@ def derive_shape(tokenizer: PreTrainedTokenizerBase) -> Shape:
     raise ConfigError(
         "the chat template does more than put text around what is said, so there is no Ollama "
         "template that does the same",
-        hint="serve the GGUF file with llama.cpp (llama-server --jinja), which reads the template "
-        "itself, or train with one of the named templates",
+        hint=_OTHERWISE,
     )
 
 
@@ -252,14 +255,16 @@ def _split(
     try:
         text = _render(tokenizer, messages, prompt=True)
     except _REFUSALS as error:
-        raise ConfigError(f"the chat template refuses a plain conversation: {error}") from error
+        raise ConfigError(
+            f"the chat template refuses a plain conversation: {error}", hint=_OTHERWISE
+        ) from error
     parts = []
     for mark in marks:
         part, found, text = text.partition(mark)
         if not found or mark in text:
             raise ConfigError(
                 "the chat template does not write everything that is said once, in order",
-                hint="train with one of the named templates to use Ollama",
+                hint=_OTHERWISE,
             )
         parts.append(part)
     return [*parts, text]
