@@ -21,6 +21,7 @@ import torch
 from rich.console import Console
 from rich.progress import track
 
+import halfbyte
 from halfbyte.adapters.files import CONFIG_FILE, IDENTITY_FILE, WEIGHTS_FILE
 from halfbyte.checkpoint.publish import check_free, publish_resumably, sha256
 from halfbyte.checkpoint.writer import ShardedWriter
@@ -185,7 +186,7 @@ def _purpose(source: Source, form: Form) -> dict[str, Any]:
         "dtype": str(config.torch_dtype),
         "max_shard_bytes": config.max_shard_bytes,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
-        "torch": str(torch.__version__),
+        "versions": [halfbyte.__version__, str(torch.__version__)],
     }
 
 
