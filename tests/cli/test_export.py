@@ -14,7 +14,7 @@ def demo_run(run, config, tmp_path):
     return tmp_path / "out"
 
 
-def test_a_run_becomes_a_file_with_its_modelfile(run, demo_run, tmp_path):
+def test_a_run_becomes_files(run, demo_run, tmp_path, data):
     result = run("export", demo_run, "m.gguf", "--type", "q8_0")
     assert result.exit_code == 0, result.output
     assert "16 of 16 (the data's) as in training" in result.stdout
@@ -27,26 +27,19 @@ def test_a_run_becomes_a_file_with_its_modelfile(run, demo_run, tmp_path):
     assert again.exit_code == 2
     assert "already exists" in again.stderr
 
-
-def test_the_adapter_and_its_base_become_two_files(run, demo_run, tmp_path):
     result = run("export", demo_run, "a.gguf", "--adapter-only")
     assert result.exit_code == 0, result.output
     assert "--base-only" in result.stdout
     assert "ADAPTER ./a.gguf" in (tmp_path / "a.Modelfile").read_text()
+    data.unlink()
     result = run("export", demo_run, "base.gguf", "--base-only", "--no-modelfile")
     assert result.exit_code == 0, result.output
+    assert "rows cannot be read" in result.stdout
+    assert "5 of 5 (made-up ones)" in result.stdout
     assert not (tmp_path / "base.Modelfile").exists()
     names = {tensor.name for tensor in gguf.GGUFReader(tmp_path / "a.gguf").tensors}
     base = {tensor.name for tensor in gguf.GGUFReader(tmp_path / "base.gguf").tensors}
     assert {name.rpartition(".lora_")[0] for name in names} < base
-
-
-def test_rows_that_are_gone_are_said(run, demo_run, data):
-    data.unlink()
-    result = run("export", demo_run, "m.gguf")
-    assert result.exit_code == 0, result.output
-    assert "rows cannot be read" in result.stdout
-    assert "5 of 5 (made-up ones)" in result.stdout
 
 
 @pytest.mark.parametrize(

@@ -10,9 +10,6 @@ def test_a_dry_run_lists_what_others_need(run, trained):
         assert name in result.stdout.partition("left out")[0]
     assert ".env" in result.stdout.partition("left out")[2]
     assert "folder of this machine" in result.stdout
-
-
-def test_a_wrong_name_is_an_error(run, trained):
     result = run("push", trained, "a/b/c", "--dry-run")
     assert result.exit_code == 2
     assert "no name on the hub" in result.stderr
