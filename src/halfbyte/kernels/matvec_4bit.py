@@ -67,10 +67,10 @@ def matvec_4bit(
         residual: `[T, N]`, or None.
     """
     wide_type = torch.promote_types(x.dtype, torch.float32)
-    wide = apply_before(x, before).to(wide_type)
-    y = torch.cat([wide @ dense(weight, x.dtype).to(wide_type).t() for weight in group.weights], 1)
+    x = apply_before(x, before)
+    y = torch.cat([x @ dense(weight, x.dtype).t() for weight in group.weights], 1).to(wide_type)
     if group.lora_A is not None and group.lora_B is not None:
-        xa = (wide @ group.lora_A.to(wide_type).t()).unflatten(1, (len(group.weights), -1))
+        xa = (x @ group.lora_A.t()).to(wide_type).unflatten(1, (len(group.weights), -1))
         sizes = [int(weight.shape[0]) for weight in group.weights]
         lora_B = group.lora_B.to(wide_type).split(sizes)
         y += torch.cat([xa[:, i] @ lora_B[i].t() for i in range(len(sizes))], 1)
@@ -95,7 +95,6 @@ def dense(weight: PackedMatrix | Tensor, dtype: torch.dtype) -> Tensor:
     if isinstance(weight, Tensor):
         return weight
     shape, block_size, quant_type = weight.shape, weight.block_size, weight.quant_type
-    dtype = torch.float32 if dtype == torch.float64 else dtype
     if weight.nested_absmax is None or weight.nested_map is None or weight.offset is None:
         return dequantize_4bit(
             weight.packed, weight.absmax,
