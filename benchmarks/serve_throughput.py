@@ -96,14 +96,15 @@ def measure(url, names, options, clients):
 
     with concurrent.futures.ThreadPoolExecutor(clients) as pool:
         list(pool.map(one, range(clients)))  # warm
-        began = time.monotonic()
+        began, cpu_began = time.monotonic(), time.process_time()
         results = list(pool.map(one, range(options.requests)))
-        seconds = time.monotonic() - began
+        seconds, cpu_seconds = time.monotonic() - began, time.process_time() - cpu_began
     texts, counts, latencies = zip(*results, strict=True)
     ordered = sorted(latencies)
     return texts, {
         "clients": clients,
         "seconds": round(seconds, 3),
+        "cpu_seconds": round(cpu_seconds, 3),  # of clients and server: fair on a busy machine too
         "generated_tokens": sum(counts),
         "tokens_per_second": round(sum(counts) / seconds, 1),
         "requests_per_second": round(len(results) / seconds, 2),
