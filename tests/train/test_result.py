@@ -3,13 +3,19 @@
 import json
 
 import pytest
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, GenerationConfig
 
 from halfbyte.train.config import TrainConfig
 from halfbyte.train.directory import write_json
 from halfbyte.train.events import TrainResult
 from halfbyte.train.inputs import Inputs
-from halfbyte.train.result import describe_run, finished_result, write_result, write_tokenizer
+from halfbyte.train.result import (
+    describe_run,
+    finished_result,
+    write_generation_config,
+    write_result,
+    write_tokenizer,
+)
 
 
 @pytest.fixture
@@ -57,3 +63,18 @@ def test_tokenizer_has_the_template_it_was_trained_with(tokenizer, tmp_path):
     assert saved.apply_chat_template(messages, tokenize=False) == "[hi]"
     assert tokenizer.chat_template is None
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+
+
+def test_generation_stops_where_training_did(make_lora, tokenizer, tmp_path):
+    model = make_lora()
+    model.get_base_model().generation_config.eos_token_id = 5
+    write_generation_config(model, (7, 5), tmp_path)
+    saved = GenerationConfig.from_pretrained(tmp_path)
+    assert saved.eos_token_id == [7, 5]
+    (tmp_path / "generation_config.json").unlink()
+    write_generation_config(model, (), tmp_path)  # the data came tokenized, nobody knows
+    assert not (tmp_path / "generation_config.json").exists()
+
+
+def test_a_finished_run_has_a_card(finished, tmp_path):
+    assert "LoRA (rank" in (tmp_path / "README.md").read_text()
