@@ -21,7 +21,6 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from halfbyte.checkpoint.header import read_json
 from halfbyte.checkpoint.journal import JOURNAL_FILE, Journal
 from halfbyte.errors import CheckpointError
 
@@ -79,6 +78,9 @@ def verify(directory: Path) -> None:
     """
     manifest = directory / MANIFEST
     again = "use an older checkpoint, or copy this one again from where it came"
+    # Here, because it brings torch along, which publishing does not need.
+    from halfbyte.checkpoint.header import read_json
+
     content = read_json(manifest)
     try:
         version = content["version"]
