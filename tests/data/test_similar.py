@@ -1,6 +1,7 @@
 """MinHash against the sets that it estimates."""
 
 import random
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -85,3 +86,14 @@ def test_equal_rows_and_no_rows():
     assert earlier_twins(none).tolist() == []
     assert twins_among(none, same).tolist() == []
     assert twins_among(same, none).tolist() == [-1] * 4
+
+
+def test_long_texts_take_little_memory_and_their_beginning_counts():
+    book = text(1, length=20_000)
+    tracemalloc.start()
+    together = signatures([book * 20] * 8 + ["short text of its own"])
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 150 << 20
+    assert (together[0] == signatures([book])[0]).all()
+    assert (together[8] == signatures(["short text of its own"])[0]).all()

@@ -23,6 +23,8 @@ SHINGLE_BYTES = 8
 DRAWERS = 64
 _BAND = 4
 ALIKE = 0.8
+MAX_TEXT = 1 << 16
+_PART_BYTES = 1 << 20
 _EMPTY = np.uint32(0xFFFFFFFF)
 
 Signatures = NDArray[np.uint32]
@@ -30,8 +32,19 @@ Found = NDArray[np.int64]
 
 
 def signatures(texts: Sequence[str]) -> Signatures:
-    """Return the MinHash signatures of texts: uint32 [N, 64]."""
-    encoded = [_normal(text) for text in texts]
+    """Return the MinHash signatures of texts, of their first 64 KiB each: uint32 [N, 64]."""
+    encoded = [_normal(text[:MAX_TEXT]) for text in texts]
+    parts, first, size = [], 0, 0
+    for number, text in enumerate(encoded):
+        size += len(text)
+        if size >= _PART_BYTES or number == len(encoded) - 1:
+            parts.append(_signatures(encoded[first : number + 1]))
+            first, size = number + 1, 0
+    return np.concatenate(parts) if parts else np.empty((0, DRAWERS), dtype=np.uint32)
+
+
+def _signatures(encoded: Sequence[bytes]) -> Signatures:
+    """Return the signatures of normal texts; it takes about 50 bytes of memory for each byte."""
     counts = np.array([len(text) - SHINGLE_BYTES + 1 for text in encoded], dtype=np.int64)
     data = np.frombuffer(b"".join(encoded) + bytes(SHINGLE_BYTES), dtype=np.uint8)
     starts = np.cumsum([0, *(len(text) for text in encoded[:-1])])
