@@ -113,11 +113,13 @@ def setting_of(config: "RunConfig", planner: "Planner", total_bytes: int | None)
     if planner.why_unfused is None:
         together = max(_TOKENS_AT_ONCE // (rows * length), 1)
         rows *= min(together, train.gradient_accumulation_steps)
+    # Without a card nothing is short, and `auto` would spend it all: show the least instead.
+    is_open = total_bytes is None and train.memory == "auto"
     state_bits, is_paged = OPTIMIZERS[train.optim]
     return Setting(
         rows=rows,
         length=length,
-        memory=train.memory,
+        memory="lean" if is_open else train.memory,
         state_bits=state_bits,
         is_paged=is_paged,
         is_checkpointed=train.gradient_checkpointing,

@@ -24,8 +24,11 @@ class CudaPool:
         return torch.empty(nbytes, dtype=torch.uint8, device=self.device)
 
     def on_host(self, nbytes: int) -> Tensor:
-        """Return uint8 `[nbytes]` in pinned memory."""
-        return torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
+        """Return uint8 `[nbytes]` in pinned memory; pageable where no more can be pinned."""
+        try:
+            return torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
+        except RuntimeError:  # copies then wait for the host, and are right all the same
+            return torch.empty(nbytes, dtype=torch.uint8)
 
     def fetch(self, page: Tensor, slot: Tensor) -> None:
         """Queue a copy to the GPU, behind the slot's last use and behind what was stored."""

@@ -46,7 +46,8 @@ def blueprint(
         quant = NF4Config(**{**recipe, "quant_method": None, "bnb_4bit_compute_dtype": None})
     if quant is not None:
         _quantize(model, quant)
-    return add_lora(model, lora)
+    with torch.device("meta"):
+        return add_lora(model, lora)
 
 
 def _quantize(model: Any, quant: NF4Config) -> None:

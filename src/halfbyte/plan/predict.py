@@ -11,7 +11,7 @@ from halfbyte.engine.body import FusedBody, obstacle
 from halfbyte.memory.activations import checkpoint_activations
 from halfbyte.memory.fused_step import FusedStep
 from halfbyte.memory.ledger import Ledger, Peak
-from halfbyte.plan.cards import usable_bytes
+from halfbyte.plan.cards import CONTEXT_BYTES, usable_bytes
 from halfbyte.plan.fused import fused_shape
 from halfbyte.plan.owners import (
     OPTIMIZER,
@@ -140,7 +140,7 @@ class Planner:
         body = self._fused[setting.memory]
         free = sum(self.persistent.values()) * 100  # no card: nothing is short
         if setting.total_bytes is not None:
-            free = max(usable_bytes(setting.total_bytes) - ledger.nbytes, 0)
+            free = max(setting.total_bytes - CONTEXT_BYTES - ledger.nbytes, 0)
         choice = body.choose(setting.tokens, self._itemsize, free)
         shape = fused_shape(body, self._itemsize)
         step = FusedStep(ledger, shape, setting.tokens, choice.levels, choice.num_staying)
