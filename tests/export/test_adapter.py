@@ -76,12 +76,17 @@ def test_transposed_modules_are_marked():
     assert found[f"{Q}.weight"][0].is_transposed
 
 
+def test_tables_that_grew_with_new_tokens_take_the_place_of_the_old_ones():
+    found = updates_by_tensor(adapter(*pair(Q), "base_model.model.lm_head.weight"))
+    assert found["lm_head.weight"] == [ReplaceUpdate("base_model.model.lm_head.weight")]
+
+
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
         (pair(Q)[:1], "no lora_B for"),
         (pair(Q)[1:], "no lora_A for"),
-        ([*pair(Q), "base_model.model.lm_head.weight"], "no LoRA tensor"),
+        ([*pair(Q), "base_model.model.model.norm.weight"], "no LoRA tensor"),
         ([key.removeprefix("base_model.model.") for key in pair(Q)], "no LoRA tensor"),
     ],
 )

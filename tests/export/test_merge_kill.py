@@ -47,7 +47,7 @@ print(json.dumps(kept))
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="forks after torch was imported")
-@pytest.mark.parametrize("kills", [4, pytest.param(30, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kills", [3, pytest.param(30, marks=pytest.mark.slow)])
 def test_killed_at_random_moments_it_completes_with_the_same_bytes(
     tiny_base, make_adapter, tmp_path, kills
 ):
