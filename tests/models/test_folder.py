@@ -46,6 +46,9 @@ def test_the_hub_gives_what_is_read_and_nothing_else(tmp_path, monkeypatch):
         FILES, allow_patterns=asked["allow_patterns"], ignore_patterns=asked["ignore_patterns"]
     )
     assert list(chosen) == FILES[:7]
+    find_folder("someone/model", with_weights=False)
+    chosen = filter_repo_objects(FILES, allow_patterns=asked["allow_patterns"])
+    assert list(chosen) == [name for name in FILES[:7] if "00001" not in name]
 
 
 def test_a_name_that_the_hub_does_not_have():
