@@ -4,7 +4,7 @@ import shutil
 import pytest
 import torch
 
-from halfbyte.checkpoint.reader import CheckpointReader
+from halfbyte.checkpoint.reader import CheckpointReader, read_file
 from halfbyte.errors import CheckpointError
 
 
@@ -24,6 +24,12 @@ def test_reads_every_tensor(folder, tensors):
     for name, tensor in tensors.items():
         assert torch.equal(reader.tensor(name), tensor)
         assert reader.info(name).dtype == tensor.dtype
+
+
+def test_one_file_is_read_whole(single, tensors):
+    found = read_file(single / "model.safetensors")
+    assert list(found) == sorted(tensors)
+    assert all(torch.equal(found[name], tensor) for name, tensor in tensors.items())
 
 
 def test_an_unknown_tensor(folder):

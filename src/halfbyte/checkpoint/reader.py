@@ -110,6 +110,16 @@ def read_tensor(name: str, info: TensorInfo) -> Tensor:
     return tensor
 
 
+def read_file(path: Path) -> dict[str, Tensor]:
+    """Read every tensor of one safetensors file, by name in the order of the alphabet.
+
+    Raises:
+        CheckpointError: the file is missing or damaged.
+    """
+    header = read_header(path)
+    return {name: read_tensor(name, header[name]) for name in sorted(header)}
+
+
 def inside(folder: Path, name: str) -> Path:
     """Return the path of the file `name` in `folder`.
 

@@ -19,10 +19,11 @@ from pathlib import Path
 from typing import Any
 
 from peft import PeftModel
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from halfbyte.adapters.io import restore_adapter, write_tensors
 from halfbyte.checkpoint.publish import publish, verify
+from halfbyte.checkpoint.reader import read_file
 from halfbyte.errors import CheckpointError
 from halfbyte.optim.adamw import AdamW
 from halfbyte.train.directory import checkpoints, disk_errors
@@ -201,7 +202,7 @@ def load_checkpoint(saved: SavedState, model: PeftModel, optimizer: AdamW) -> No
         AdapterError: the adapter does not fit the model.
     """
     restore_adapter(model, saved.path, adapter=model.active_adapter)
-    optimizer.load_state_dict(load_file(saved.path / _OPTIMIZER_FILE))
+    optimizer.load_state_dict(read_file(saved.path / _OPTIMIZER_FILE))
     path = saved.path / _RNG_FILE
     try:
         restore_generators(json.loads(path.read_text(encoding="utf-8")))
