@@ -186,3 +186,26 @@ def test_nothing_is_dropped_in_evaluation():
     ids = torch.randint(0, 96, (1, 7))
     with torch.no_grad():
         assert _error(FusedBody(body)(ids)[0], body(ids, use_cache=False)[0]) < 1e-5
+
+
+@pytest.mark.parametrize("memory", ["fast", "lean"])
+def test_weights_that_stay_change_no_gradient_of_any_step(memory):
+    model = _model()
+    fused = FusedBody(model.get_base_model().model, memory=memory)
+    ids, weight = torch.randint(0, 96, (2, 17)), torch.randn(2, 17, 128)
+    steps = []
+    for granted in (False, True):
+        for layer in fused.layers[:2]:
+            for siblings in layer.all_siblings:
+                siblings.stay.granted = granted
+        state = copy.deepcopy(model.state_dict())
+        for _ in range(3):  # adapters change between steps, so borders must follow
+            steps.append(_gradients(model, fused(ids)[0], weight))
+            with torch.no_grad():
+                for name, gradient in steps[-1].items():
+                    model.get_parameter(name).sub_(0.01 * gradient)
+        model.load_state_dict(state)
+    assert fused.layers[0].qkv.stay.matrix is not None
+    for plain, staying in zip(steps[:3], steps[3:], strict=True):
+        for name, gradient in plain.items():
+            assert torch.equal(staying[name], gradient), name

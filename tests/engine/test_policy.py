@@ -1,5 +1,5 @@
 from halfbyte.engine.block import BlockShape
-from halfbyte.engine.policy import LayerBytes, choose, uniform
+from halfbyte.engine.policy import LayerBytes, choose, plan
 
 SHAPE = BlockShape(32, 8, 128, 14336, "silu", 1e-5, 1e-5)
 
@@ -30,6 +30,16 @@ def test_the_choice_never_exceeds_its_budget():
         assert sum(cost[level] for level in choose(4, sizes, budget)) <= budget
 
 
-def test_fast_and_lean_need_no_budget():
-    assert uniform("fast", 2) == ["all", "all"]
-    assert uniform("lean", 2) == ["input", "input"]
+def test_fast_and_lean_keep_all_and_inputs_whatever_is_free():
+    sizes = LayerBytes(10, 30, 100)
+    assert plan("fast", 2, sizes, 50, 0).levels == ["all", "all"]
+    assert plan("lean", 2, sizes, 50, 10**9).levels == ["input", "input"]
+
+
+def test_what_activations_leave_free_is_for_dequantized_weights():
+    sizes = LayerBytes(10, 30, 100)
+    assert plan("auto", 2, sizes, 50, 149).num_staying == 0
+    assert plan("auto", 2, sizes, 50, 250).num_staying == 1
+    assert plan("auto", 2, sizes, 50, 10**6).num_staying == 2
+    assert plan("fast", 2, sizes, 50, 0).num_staying == 0
+    assert plan("lean", 2, sizes, 50, 10**6).num_staying == 0

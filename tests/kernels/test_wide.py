@@ -73,3 +73,16 @@ def test_dense_weights_are_taken_as_they_are():
     assert torch.equal(matrix[:6, :5], dense)
     assert torch.equal(matrix[:6, 5:], part.lora_B * 2)
     assert torch.equal(matrix[6:, :5], part.lora_A)
+
+
+@pytest.mark.parametrize(("outputs", "inputs", "ranks"), CASES)
+def test_the_border_can_be_written_alone(outputs, inputs, ranks, triton_device):
+    twin = pytest.importorskip("halfbyte.kernels.wide_triton")
+    parts = _parts(outputs, inputs, ranks, triton_device, torch.float32)
+    N, R = sum(outputs), sum(ranks)
+    for assemble in (wide.assemble_, wide.assemble_.__wrapped__, twin.assemble_):
+        matrix = torch.zeros(N + R, inputs + R, device=triton_device)
+        expected = assemble(matrix.clone(), parts)
+        expected[:N, :inputs] = 7
+        matrix[:N, :inputs] = 7
+        assert torch.equal(assemble(matrix, parts, only_border=True), expected)

@@ -113,7 +113,7 @@ class IntoAttention(torch.autograd.Function):
         qkv, shape = ctx.qkv, ctx.shape
         grad_wide = x.new_empty(x.shape[0], qkv.outputs + qkv.rank)
         rope_backward(grad_query, grad_key, grad_value, cos, sin, grad_wide)
-        wide = qkv.wide(x)
+        wide = qkv.wide_again(x)
         qkv.up_(grad_wide, wide)
         _, normed = add_rms_norm(x, None, norm_weight, shape.input_eps)
         adapters = pairs(qkv.grad_A(grad_wide, normed, seed), qkv.grad_B(grad_wide, xa))
@@ -178,7 +178,7 @@ class OutOfAttention(torch.autograd.Function):
             grad_y, down_xa, gate_up, gate_up_xa, weights, shape, seed
         )
         group, grad_gate_up = weights.gate_up, gate_up
-        wide = group.wide(grad_y)
+        wide = group.wide_again(grad_y)
         group.up_(grad_gate_up, wide)
         grad_normed = group.backward_input(grad_gate_up, wide, seed)
         _, normed = add_rms_norm(mid, None, norm_weight, shape.post_eps)
@@ -189,7 +189,7 @@ class OutOfAttention(torch.autograd.Function):
             grad_normed, mid, norm_weight, shape.post_eps, grad_y, columns=o.rank
         )
         del grad_normed
-        wide = o.wide(grad_y)
+        wide = o.wide_again(grad_y)
         o.up_(grad_wide, wide)
         grad_attention = o.backward_input(grad_wide, wide, seed)
         grads_o = pairs(o.grad_A(grad_wide, attention, seed), o.grad_B(grad_wide[:, :size], o_xa))
@@ -236,7 +236,7 @@ def _backward_gated(
     """Turn `gate_up` into its gradient; return that of B of gate and up, and down's adapter's."""
     down, group = weights.down, weights.gate_up
     grad_wide = with_border(grad_y, down.rank)
-    wide = down.wide(grad_y)
+    wide = down.wide_again(grad_y)
     down.up_(grad_wide, wide)
     grad_hidden = down.backward_input(grad_wide, wide, seed)
     grad_B = down.grad_B(grad_wide[:, : down.outputs], down_xa)

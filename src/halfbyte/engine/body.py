@@ -48,6 +48,7 @@ class FusedBody:
         self.memory = memory
         self.layers = [kind(layer, model.config, index) for index, layer in enumerate(model.layers)]
         self._levels: dict[int, list[str]] = {}
+        self._num_staying = len(self.layers)
         adapters = [t for layer in self.layers for t in layer.adapters if t.requires_grad]
         self._graphs = Graphs(self._run_layers, adapters)
 
@@ -134,22 +135,54 @@ class FusedBody:
         unit = 1 << max(x.shape[0].bit_length() - 4, 0)
         key = -(-x.shape[0] // unit) * unit
         if key not in self._levels:
-            self._levels[key] = self._plan(x)
+            choice = self._plan(x)
+            self._levels[key] = choice.levels
+            self._let_stay(choice.num_staying)
         return self._levels[key]
 
-    def _plan(self, x: Tensor) -> list[str]:
-        if self.memory in ("lean", "fast"):
-            return policy.uniform(str(self.memory), len(self.layers))
-        shape = self.layers[0].shape
-        tokens = x.shape[0] * 9 // 8
-        sizes = policy.LayerBytes.of(shape, x.shape[1], tokens, x.element_size())
+    def _plan(self, x: Tensor) -> policy.Choice:
+        free = _free_bytes(x.device) + self._staying_bytes()
+        choice = self.choose(x.shape[0], x.element_size(), free)
+        # A CPU's weights are contiguous and made faster than it multiplies.
+        return choice if x.is_cuda else policy.Choice(choice.levels)
+
+    def choose(self, num_tokens: int, itemsize: int, free_bytes: int) -> policy.Choice:
+        """Return what the layers keep for so many tokens where so many bytes are free.
+
+        Args:
+            num_tokens: Of a micro-step.
+            itemsize: Bytes of an activation.
+            free_bytes: Of the device, beside weights, adapters and optimizer.
+        """
+        shape, hidden_size = self.layers[0].shape, self.layers[0].qkv.inputs
+        tokens = num_tokens * 9 // 8
+        sizes = policy.LayerBytes.of(shape, hidden_size, tokens, itemsize)
         if isinstance(self.memory, int):
             budget = self.memory
         else:
             # One layer's backward: gate, up and hidden with their gradients, four hidden states.
-            working = (6 * shape.intermediate_size + 8 * x.shape[1]) * tokens * x.element_size()
-            budget = int(_free_bytes(x.device) * (1 - _RESERVE)) - working
-        return policy.choose(len(self.layers), sizes, budget)
+            working = (6 * shape.intermediate_size + 8 * hidden_size) * tokens * itemsize
+            weights = max(layer.largest_weight for layer in self.layers) * itemsize
+            budget = int(free_bytes * (1 - _RESERVE)) - working - weights
+        layer_bytes = max(layer.weight_elements for layer in self.layers) * itemsize
+        return policy.plan(self.memory, len(self.layers), sizes, layer_bytes, budget)
+
+    def _let_stay(self, count: int) -> None:
+        """Let the weights of the first layers stay, of never more than an earlier size allowed."""
+        if count < self._num_staying and self._staying_bytes():
+            # Recorded graphs read the matrices that go.
+            self._graphs.forget()
+        self._num_staying = min(count, self._num_staying)
+        for index, layer in enumerate(self.layers):
+            for siblings in layer.all_siblings:
+                if index < self._num_staying:
+                    siblings.stay.granted = True
+                else:
+                    siblings.stay.end()
+
+    def _staying_bytes(self) -> int:
+        matrices = (s.stay.matrix for layer in self.layers for s in layer.all_siblings)
+        return sum(m.nbytes for m in matrices if m is not None)
 
 
 def _free_bytes(device: torch.device) -> int:

@@ -75,6 +75,11 @@ class Graphs:
         # Any parameter will do to make the output part of the autograd graph.
         return _Replay.apply(recorded, self.parameters[0])
 
+    def forget(self) -> None:
+        """Drop all graphs; sizes are recorded again when they come up twice more."""
+        self._seen.clear()
+        self._recorded.clear()
+
     def _is_possible(self, x: Tensor, bounds: Tensor | None) -> bool:
         return (
             x.is_cuda

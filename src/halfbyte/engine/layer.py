@@ -56,12 +56,27 @@ class FusedLayer:
     @property
     def has_dropout(self) -> bool:
         """Whether training drops elements of what the adapters read."""
-        return any(s.dropout for s in (self.qkv, self.out.o, self.out.gate_up, self.out.down))
+        return any(siblings.dropout for siblings in self.all_siblings)
 
     @property
     def adapters(self) -> tuple[Tensor, ...]:
         """The adapters' matrices."""
         return self.qkv.adapters + self.out.adapters
+
+    @property
+    def all_siblings(self) -> tuple[Siblings, ...]:
+        """All projections, by the input that they share."""
+        return (self.qkv, self.out.o, self.out.gate_up, self.out.down)
+
+    @property
+    def weight_elements(self) -> int:
+        """Elements of all wide matrices together."""
+        return sum(siblings.elements for siblings in self.all_siblings)
+
+    @property
+    def largest_weight(self) -> int:
+        """Elements of the largest wide matrix."""
+        return max(siblings.elements for siblings in self.all_siblings)
 
     def run(
         self,

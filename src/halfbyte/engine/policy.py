@@ -7,7 +7,8 @@
 
 Down's product is never computed again. Per byte, all matrix products cost about the same to repeat,
 and attention costs more the longer the sequence is: so `auto` first lifts every layer from "input"
-to "attention", then as many as fit to "all".
+to "attention", then as many as fit to "all". What is left after that holds dequantized weights,
+which spares a layer two dequantizations a step: per byte that gains least.
 """
 
 from dataclasses import dataclass
@@ -37,6 +38,48 @@ class LayerBytes:
         unit = num_tokens * itemsize
         return cls(hidden_size * unit, attention * unit, everything * unit)
 
+    def at(self, level: str) -> int:
+        """Return the bytes of a level."""
+        return {"input": self.input, "attention": self.attention, "all": self.all}[level]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What the layers keep.
+
+    Args:
+        levels: Of the activations, one a layer.
+        num_staying: How many layers keep their dequantized weights.
+    """
+
+    levels: list[str]
+    num_staying: int = 0
+
+
+def plan(
+    memory: str | int,
+    num_layers: int,
+    sizes: LayerBytes,
+    weight_bytes: int,
+    free_bytes: int,
+) -> Choice:
+    """Return what the layers keep.
+
+    Args:
+        memory: "lean" keeps inputs only, "fast" all activations; "auto" and a number of bytes, as
+            much as fits.
+        num_layers: Of the model.
+        sizes: Of a layer's activations.
+        weight_bytes: Of a layer's dequantized weights.
+        free_bytes: What may be spent.
+    """
+    if memory == "lean":
+        return Choice(["input"] * num_layers)
+    is_fast = memory == "fast"
+    levels = ["all"] * num_layers if is_fast else choose(num_layers, sizes, free_bytes)
+    left = free_bytes - sum(sizes.at(level) for level in levels)
+    return Choice(levels, min(max(left, 0) // weight_bytes, num_layers))
+
 
 def choose(num_layers: int, sizes: LayerBytes, budget_bytes: int) -> list[str]:
     """Return what each layer keeps so that the sum stays within `budget_bytes`.
@@ -59,8 +102,3 @@ def choose(num_layers: int, sizes: LayerBytes, budget_bytes: int) -> list[str]:
                 levels[index] = better
                 left -= cost
     return levels
-
-
-def uniform(memory: str, num_layers: int) -> list[str]:
-    """Return the choice that needs no budget: `fast` keeps everything, `lean` only inputs."""
-    return ["all" if memory == "fast" else "input"] * num_layers

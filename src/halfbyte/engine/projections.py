@@ -10,11 +10,13 @@ matrix `[N + R, K + R]` whose border holds the adapters (drawn in `kernels/wide.
 
 are one product each, so the large tensors are read and written once. The float32 accumulator of
 the product adds the LoRA term before rounding: one rounding less than base, LoRA, then addition.
-The wide matrix lives for one forward or one backward; it is never saved.
+The wide matrix lives for one forward or one backward, and is made again for the next. Where memory
+is free it stays (`Stay`): then only its border is written anew, since adapters change and weights
+do not.
 """
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -48,6 +50,23 @@ class Projection:
         return 0 if self.lora_A is None else int(self.lora_A.shape[0])
 
 
+@dataclass
+class Stay:
+    """Whether a wide matrix stays between products, and where.
+
+    Args:
+        granted: Memory is there for it.
+        matrix: `[N + R, K + R]`, once it was made.
+    """
+
+    granted: bool = False
+    matrix: Tensor | None = None
+
+    def end(self) -> None:
+        """Give the memory back."""
+        self.granted, self.matrix = False, None
+
+
 @dataclass(frozen=True)
 class Siblings:
     """Projections of one input, treated as one product.
@@ -57,11 +76,13 @@ class Siblings:
         dropout: Probability of dropping an element of what the adapters read; the siblings share a
             mask. It counts only where a seed is given.
         salt: Tells the masks of a model apart.
+        stay: Of the wide matrix.
     """
 
     projections: tuple[Projection, ...]
     dropout: float = 0.0
     salt: int = 0
+    stay: Stay = field(default_factory=Stay, compare=False)
 
     @functools.cached_property
     def inputs(self) -> int:
@@ -104,10 +125,24 @@ class Siblings:
         pairs = ((p.lora_A, p.lora_B) for p in self.projections)
         return tuple(t for pair in pairs for t in pair if t is not None)
 
+    @functools.cached_property
+    def elements(self) -> int:
+        """Of the wide matrix."""
+        return (self.outputs + self.rank) * (self.inputs + self.rank)
+
     def wide(self, like: Tensor) -> Tensor:
         """Return the wide matrix `[N + R, K + R]` in the dtype and on the device of `like`."""
+        if self.stay.matrix is not None:
+            return assemble_(self.stay.matrix, self.projections, only_border=True)
         wide = like.new_empty(self.outputs + self.rank, self.inputs + self.rank)
-        return assemble_(wide, self.projections)
+        assemble_(wide, self.projections)
+        if self.stay.granted:
+            self.stay.matrix = wide
+        return wide
+
+    def wide_again(self, like: Tensor) -> Tensor:
+        """Return what `wide` returned in the forward; adapters have not changed since."""
+        return self.wide(like) if self.stay.matrix is None else self.stay.matrix
 
     def down_(self, x_wide: Tensor, wide: Tensor, seed: Tensor | None) -> Tensor:
         """Write `x A^T` into the last R columns of `x_wide`; return a copy times the scaling.

@@ -57,11 +57,12 @@ class Part(Protocol):
 
 
 @accelerated
-def assemble_(wide: Tensor, parts: Sequence[Part]) -> Tensor:
+def assemble_(wide: Tensor, parts: Sequence[Part], *, only_border: bool = False) -> Tensor:
     """Fill `wide` `[N + R, K + R]` from its parts, rounding to its dtype, and return it.
 
     The corner of R rows and R columns is left as it is. R may exceed the sum of the ranks; the
-    columns and rows beyond them become zeros.
+    columns and rows beyond them become zeros. With `only_border`, the weights in the middle are
+    left as they are too: adapters change from step to step, weights do not.
     """
     outputs = sum(part.weight.shape[0] for part in parts)
     inputs = parts[0].weight.shape[1]
@@ -69,7 +70,8 @@ def assemble_(wide: Tensor, parts: Sequence[Part]) -> Tensor:
     row = rank = 0
     for part in parts:
         rows = slice(row, row + part.weight.shape[0])
-        wide[rows, :inputs] = _dense(part.weight, wide.dtype)
+        if not only_border:
+            wide[rows, :inputs] = _dense(part.weight, wide.dtype)
         row = rows.stop
         if part.lora_A is not None and part.lora_B is not None:
             columns = slice(inputs + rank, inputs + rank + part.lora_A.shape[0])

@@ -9,11 +9,13 @@ from halfbyte.kernels import native, nf4_cpu, wide
 from halfbyte.kernels.wide import Part
 
 
-def assemble_(matrix: Tensor, parts: Sequence[Part]) -> Tensor:
+def assemble_(matrix: Tensor, parts: Sequence[Part], *, only_border: bool = False) -> Tensor:
     library = native.library()
     has_border = matrix.shape[1] != parts[0].weight.shape[1]
-    if library is None or has_border or not matrix.is_contiguous():
-        return wide.assemble_.__wrapped__(matrix, parts)  # type: ignore[attr-defined]
+    if library is None or has_border or only_border or not matrix.is_contiguous():
+        return wide.assemble_.__wrapped__(  # type: ignore[attr-defined]
+            matrix, parts, only_border=only_border
+        )
     start = 0
     for part in parts:
         weight = part.weight

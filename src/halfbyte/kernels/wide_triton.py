@@ -88,10 +88,10 @@ def _assemble_kernel(
     R0: tl.constexpr, R1: tl.constexpr, R2: tl.constexpr,
     WIDTH: tl.constexpr, BLOCK_WIDTH: tl.constexpr,
     SIZE: tl.constexpr, NESTED: tl.constexpr, BLOCKS: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, FILLS: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0)
-    per_row = K // SIZE
+    per_row = K // SIZE if FILLS else 0
     fill0 = tl.cdiv(N0 * per_row, BLOCKS)
     fill1 = fill0 + tl.cdiv(N1 * per_row, BLOCKS)
     fill2 = fill1 + tl.cdiv(N2 * per_row, BLOCKS)
@@ -156,9 +156,9 @@ def _pointers(part, absent) -> list[Tensor]:
     return [weight.packed, weight.absmax, *scales, *adapter]
 
 
-def assemble_(wide, parts) -> Tensor:
+def assemble_(wide, parts, *, only_border=False) -> Tensor:
     if not _fits(parts):
-        return _dispatching_assemble_.__wrapped__(wide, parts)
+        return _dispatching_assemble_.__wrapped__(wide, parts, only_border=only_border)
     first = parts[0].weight
     levels = _levels(first.quant_type, wide.device)
     pointers, outputs, scalings, ranks = [], [], [], []
@@ -175,15 +175,18 @@ def assemble_(wide, parts) -> Tensor:
     K = first.shape[1]
     width = wide.shape[1] - K
     blocks = _ELEMENTS // first.block_size
-    grid = sum(triton.cdiv(n * (K // first.block_size), blocks) for n in outputs)
+    per_row = 0 if only_border else K // first.block_size
+    grid = sum(triton.cdiv(n * per_row, blocks) for n in outputs)
     if width:
         grid += sum(triton.cdiv(n, _RIGHT_ROWS) for n in outputs)
         grid += width * triton.cdiv(K, _BELOW_COLUMNS)
+    if not grid:
+        return wide
     _assemble_kernel[(grid,)](
         *pointers, levels, wide, wide.stride(0), K, *outputs, *scalings,
         R0=ranks[0], R1=ranks[1], R2=ranks[2],
         WIDTH=width, BLOCK_WIDTH=max(triton.next_power_of_2(width), 16),
         SIZE=first.block_size, NESTED=first.nested_absmax is not None, BLOCKS=blocks,
-        ROWS=_RIGHT_ROWS, COLUMNS=_BELOW_COLUMNS, enable_fp_fusion=False,
+        ROWS=_RIGHT_ROWS, COLUMNS=_BELOW_COLUMNS, FILLS=not only_border, enable_fp_fusion=False,
     )  # fmt: skip
     return wide
