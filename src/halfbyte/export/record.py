@@ -82,5 +82,5 @@ def recorded_recipe(adapter: AdapterFiles) -> Recipe | None:
         return None
     # bitsandbytes' settings know neither block size nor dtype.
     weights = adapter.identity.get("weights") or {"block_size": 64, "dtype": None}
-    config = NF4Config(**saved, block_size=weights["block_size"])
+    config = NF4Config(**{**saved, "block_size": weights["block_size"]})
     return Recipe(config, to_dtype("dtype", weights["dtype"]))
