@@ -83,6 +83,10 @@ def random_model(name: str, device: torch.device, *, rank: int, dropout: float =
             holder.weight = nn.Parameter(value, requires_grad=False)
     model.tie_weights()
     model.model.rotary_emb = type(model.model.rotary_emb)(config).to(device)
+    for path, buffer in list(model.named_buffers()):
+        if buffer.is_meta:  # Gemma's scale of embeddings
+            holder, _, name = path.rpartition(".")
+            setattr(model.get_submodule(holder), name, torch.tensor(config.hidden_size**0.5))
     lora = hb.LoraConfig(r=rank, lora_alpha=16, lora_dropout=dropout)
     with device:
         model = hb.add_lora(model, lora)

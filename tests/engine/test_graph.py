@@ -14,7 +14,7 @@ def _graphs(device):
     def run(x, cos, sin, layout, seed):
         return torch.tanh(x @ weight) * cos + sin
 
-    return Graphs(run, [weight]), weight, run
+    return Graphs([weight]), weight, run
 
 
 def _inputs(device, rows, seed):
@@ -28,7 +28,7 @@ def test_without_a_gpu_the_layers_run_as_they_are():
     for seed in range(3):
         inputs = _inputs("cpu", 4, seed)
         weight.grad.zero_()
-        out = graphs(*inputs, layout, None)
+        out = graphs(run, *inputs, layout, None)
         assert torch.equal(out, run(*inputs, layout, None))
         out.sum().backward()
         assert weight.grad.norm() > 0
@@ -42,7 +42,7 @@ def test_replayed_steps_equal_plain_ones():
         inputs = _inputs("cuda", rows, step)
         layout = Layout(1, rows)
         weight.grad.zero_()
-        out = graphs(*inputs, layout, None)
+        out = graphs(run, *inputs, layout, None)
         (out * out).sum().backward()
         actual = weight.grad.clone()
         weight.grad.zero_()

@@ -433,4 +433,7 @@ def test_the_gpu_merges_like_the_cpu(tiny_base, make_adapter, rows, tmp_path, on
         model, _ = load(tmp_path / device, quant=None, device="cpu", dtype=torch.float32)
         states.append(model.state_dict())
     for name, tensor in states[0].items():
-        assert (tensor != states[1][name]).float().mean() < 1e-3, name
+        # Double quantization's offset, a float32 mean, differs in its last place between devices:
+        # then some sums round to the next bfloat16.
+        far = (tensor - states[1][name]).abs() > 1e-2 * tensor.abs().max()
+        assert far.float().mean() < 1e-3, name

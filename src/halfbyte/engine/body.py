@@ -50,11 +50,13 @@ class FusedBody:
         self._levels: dict[int, list[str]] = {}
         self._num_staying = len(self.layers)
         adapters = [t for layer in self.layers for t in layer.adapters if t.requires_grad]
-        self._graphs = Graphs(self._run_layers, adapters)
+        self._graphs = Graphs(adapters)
 
     def with_memory(self, memory: str | int) -> "FusedBody":
         """Return a body over the same layers that saves more or less."""
-        return FusedBody(self.model, memory=memory, kind=type(self.layers[0]))
+        body = FusedBody(self.model, memory=memory, kind=type(self.layers[0]))
+        body._graphs.is_stopped = self._graphs.is_stopped
+        return body
 
     def __call__(
         self,
@@ -82,7 +84,7 @@ class FusedBody:
         cos, sin = (t.expand(batch, length, -1).flatten(0, 1).contiguous() for t in embeddings)
         layout = layout or Layout(batch, length, max_length=length)
         seed = self._seed(hidden.device, first_token)
-        x = self._graphs(hidden.flatten(0, 1), cos, sin, layout, seed)
+        x = self._graphs(self._run_layers, hidden.flatten(0, 1), cos, sin, layout, seed)
         return (self.model.norm(x.view(batch, length, -1)),)
 
     def _seed(self, device: torch.device, first_token: int) -> Tensor | None:
@@ -166,6 +168,10 @@ class FusedBody:
             budget = int(free_bytes * (1 - _RESERVE)) - working - weights
         layer_bytes = max(layer.weight_elements for layer in self.layers) * itemsize
         return policy.plan(self.memory, len(self.layers), sizes, layer_bytes, budget)
+
+    def stop_recording(self) -> bool:
+        """Give the memory of CUDA graphs back, for good; return whether there were any."""
+        return self._graphs.stop()
 
     def _let_stay(self, count: int) -> None:
         """Let the weights of the first layers stay, of never more than an earlier size allowed."""

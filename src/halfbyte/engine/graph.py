@@ -6,6 +6,7 @@ serves one number of tokens. The backward graph adds to the parameters' `.grad` 
 must stay where they are, as those of a flat optimizer do.
 """
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,6 +15,8 @@ import torch
 from torch import Tensor
 
 from halfbyte.engine.attention import Layout
+
+_log = logging.getLogger(__name__)
 
 # Above this many tokens the GPU is slower than the host, and graphs would only hold memory.
 MAX_TOKENS = 4096
@@ -40,29 +43,38 @@ class Graphs:
     """Graphs by size, recorded when a size comes up for the second time.
 
     Args:
-        run: The layers: hidden states, cos, sin, layout and dropout seed to hidden states.
         parameters: What the backward accumulates gradients of.
     """
 
-    run: Run
     parameters: Sequence[Tensor]
     _seen: set[tuple[int, int, bool, bool]] = field(default_factory=set)
     _recorded: dict[tuple[int, int, bool, bool], _Recorded] = field(default_factory=dict)
     _pool: Any = None
+    is_stopped: bool = False
 
     def __call__(
-        self, x: Tensor, cos: Tensor, sin: Tensor, layout: Layout, seed: Tensor | None
+        self, run: Run, x: Tensor, cos: Tensor, sin: Tensor, layout: Layout, seed: Tensor | None
     ) -> Tensor:
-        """Return what `run` returns, by a graph where there is one or where one is worth it."""
+        """Return what `run` returns, by a graph where there is one or where one is worth it.
+
+        `run` takes hidden states, cos, sin, layout and dropout seed to hidden states. It is not
+        held: whoever owns these graphs would then live as long as the garbage collector sleeps.
+        """
         bounds = layout.cu_seqlens
         key = (x.shape[0], layout.batch, bounds is None, seed is None)
         if not self._is_possible(x, bounds):
-            return self.run(x, cos, sin, layout, seed)
+            return run(x, cos, sin, layout, seed)
         if key not in self._recorded:
             if key not in self._seen or len(self._recorded) == _MAX_GRAPHS:
                 self._seen.add(key)
-                return self.run(x, cos, sin, layout, seed)
-            self._recorded[key] = self._record(x, cos, sin, layout, seed)
+                return run(x, cos, sin, layout, seed)
+            try:
+                self._recorded[key] = self._record(run, x, cos, sin, layout, seed)
+            except RuntimeError as error:
+                # Above all for want of memory: a recording holds its own. A step needs none.
+                _log.warning("no CUDA graphs from here on: %s", str(error).partition("\n")[0])
+                self.stop()
+                return run(x, cos, sin, layout, seed)
         recorded = self._recorded[key]
         sources = [x, cos, sin]
         if seed is not None:
@@ -79,10 +91,19 @@ class Graphs:
         """Drop all graphs; sizes are recorded again when they come up twice more."""
         self._seen.clear()
         self._recorded.clear()
+        self._pool = None  # it is gone with its last graph
+
+    def stop(self) -> bool:
+        """Drop all graphs and record no more; return whether there were any."""
+        had_any = bool(self._recorded)
+        self.forget()
+        self.is_stopped = True
+        return had_any
 
     def _is_possible(self, x: Tensor, bounds: Tensor | None) -> bool:
         return (
             x.is_cuda
+            and not self.is_stopped
             and x.shape[0] <= MAX_TOKENS
             and torch.is_grad_enabled()
             and not x.requires_grad
@@ -91,7 +112,7 @@ class Graphs:
         )
 
     def _record(
-        self, x: Tensor, cos: Tensor, sin: Tensor, layout: Layout, seed: Tensor | None
+        self, run: Run, x: Tensor, cos: Tensor, sin: Tensor, layout: Layout, seed: Tensor | None
     ) -> _Recorded:
         inputs = [x.detach().clone(), cos.clone(), sin.clone()]
         static_seed = None
@@ -109,10 +130,14 @@ class Graphs:
         torch.cuda.empty_cache()
         forward, backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
         with torch.cuda.graph(forward, pool=self._pool):
-            output = self.run(inputs[0], inputs[1], inputs[2], static, static_seed)
+            output = run(inputs[0], inputs[1], inputs[2], static, static_seed)
         grad_output = torch.zeros_like(output)
         with torch.cuda.graph(backward, pool=self._pool):
-            torch.autograd.backward(output, grad_output, inputs=list(self.parameters))
+            # Not `backward`: its accumulation may belong to a step outside, on another stream.
+            grads = torch.autograd.grad(output, list(self.parameters), grad_output)
+            sums = [p.grad for p in self.parameters if p.grad is not None]
+            torch._foreach_add_(sums, grads)  # type: ignore[arg-type]
+            del grads
         return _Recorded(tuple(inputs), output.detach(), grad_output, forward, backward)
 
 

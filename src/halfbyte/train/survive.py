@@ -2,10 +2,11 @@
 
 What is tried, each for good, until the step goes through:
 
-    1. cached memory in pieces is given back (fragmentation)
-    2. pages of optimizer state go to the host
-    3. more of the forward is computed again in the backward: half as much is saved, then the least
-    4. micro-batches are cut in half, as often as they can be
+    1. recorded CUDA graphs are dropped, whose memory nothing else can use
+    2. cached memory in pieces is given back (fragmentation)
+    3. pages of optimizer state go to the host
+    4. more of the forward is computed again in the backward: half as much is saved, then the least
+    5. micro-batches are cut in half, as often as they can be
 
 The gradients begin again from zero, so nothing half-added is left; dropout is seeded by the step
 and micro-step, so the masks are the same; the loss is a sum over tokens, so the update is too. An
@@ -135,11 +136,19 @@ class Survivor:
     def _make_room(self, shortage: Shortage, batches: Sequence[Batch]) -> str | None:
         """Give something up for memory and say what; None where there is nothing left."""
         return (
-            self._defragment(shortage)
+            self._drop_graphs(shortage)
+            or self._defragment(shortage)
             or self._evict(shortage)
             or self._recompute(shortage)
             or self._split(batches)
         )
+
+    def _drop_graphs(self, shortage: Shortage) -> str | None:
+        body = self.model.body
+        if not isinstance(body, FusedBody) or not body.stop_recording():
+            return None
+        release_unused_memory(shortage.device)
+        return "records no CUDA graphs"
 
     def _defragment(self, shortage: Shortage) -> str | None:
         if not shortage.is_fragmented or self._defragmentations == _MAX_DEFRAGMENTATIONS:
