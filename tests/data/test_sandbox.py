@@ -60,7 +60,7 @@ def test_what_would_fill_memory_or_never_end_is_stopped(source, monkeypatch):
 
 
 def test_ranges_and_secrets_are_the_sandbox_of_jinja():
-    with pytest.raises(OverflowError):
+    with pytest.raises(sandbox.TemplateLimitError):
         render("{{ range(10**9) }}", {})
     for source in ("{{ cycler.__init__.__globals__ }}", "{{ messages.__class__.__mro__[0] }}"):
         with pytest.raises(jinja2.exceptions.SecurityError):

@@ -2,6 +2,7 @@
 
 import copy
 
+import jinja2
 import pytest
 
 from halfbyte.errors import ConfigError, DataError
@@ -29,6 +30,15 @@ def test_without_a_template_messages_are_an_error(tokenizer):
     with pytest.raises(DataError, match="no chat template"):
         prompt_ids(bare, [{"role": "user", "content": "Hi"}])
     assert end_of_turn_id(bare) is None
+
+
+def test_a_template_that_never_ends_is_stopped(tokenizer):
+    bomb = copy.deepcopy(tokenizer)
+    bomb.chat_template = (
+        "{% for i in range(10**9) %}{% for j in range(10**9) %}{% endfor %}{% endfor %}"
+    )
+    with pytest.raises(jinja2.TemplateError):
+        prompt_ids(bomb, [{"role": "user", "content": "Hi"}])
 
 
 def test_an_empty_prompt_without_bos_is_an_error(tokenizer):

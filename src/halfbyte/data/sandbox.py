@@ -350,7 +350,7 @@ def render(source: str, variables: Mapping[str, Any], *, marks: bool = False) ->
         for part in compile_template(source).generate({**variables, _WITH_MARKS: marks}):
             budget.spend(len(part))
             written.append(part)
-    except (RecursionError, MemoryError) as error:
+    except (RecursionError, MemoryError, OverflowError) as error:
         raise TemplateLimitError(f"it needs too much of the machine: {error}") from error
     finally:
         _BUDGET.reset(token)

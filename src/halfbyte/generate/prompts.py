@@ -11,6 +11,7 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from halfbyte.data.sandbox import render
 from halfbyte.errors import ConfigError, DataError
 
 Message = dict[str, Any]
@@ -34,6 +35,7 @@ def prompt_ids(
 
     Raises:
         DataError: messages were given but the tokenizer has no chat template, or nothing is left.
+        jinja2.TemplateError: the template refuses the messages, or breaks a limit of time or size.
     """
     if isinstance(prompt, str):
         ids = list(tokenizer(prompt)["input_ids"])
@@ -43,19 +45,34 @@ def prompt_ids(
                 "messages were given, but the tokenizer has no chat template",
                 hint="give the prompt as plain text, or set chat_template in training",
             )
-        text = tokenizer.apply_chat_template(
-            list(prompt),
-            tools=None if tools is None else list(tools),
-            tokenize=False,
-            add_generation_prompt=True,
-            **template_kwargs,
-        )
+        text = _rendered(tokenizer, prompt, tools, add_generation_prompt=True, **template_kwargs)
         ids = list(tokenizer(text, add_special_tokens=False)["input_ids"])
     if not ids:
         if tokenizer.bos_token_id is None:
             raise DataError("the prompt is empty", hint="give at least one character")
         ids = [tokenizer.bos_token_id]
     return ids
+
+
+def _rendered(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Sequence[Message],
+    tools: Sequence[dict[str, Any]] | None = None,
+    *,
+    add_generation_prompt: bool = False,
+    **template_kwargs: Any,
+) -> str:
+    """Return what the chat template makes of a conversation, within the limits that data has."""
+    tools = None if tools is None else list(tools)
+    variables = {
+        **tokenizer.special_tokens_map,
+        "documents": None,
+        **template_kwargs,
+        "messages": list(messages),
+        "tools": tools,
+        "add_generation_prompt": add_generation_prompt,
+    }
+    return render(str(tokenizer.get_chat_template(tools=tools)), variables)  # type: ignore[arg-type]
 
 
 def room_for(model: PreTrainedModel, num_prompt_tokens: int, max_new_tokens: int) -> int:
@@ -89,7 +106,7 @@ def end_of_turn_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
         return None
     marker = "The-answer-ends-here"
     messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": marker}]
-    text = str(tokenizer.apply_chat_template(messages, tokenize=False))
+    text = _rendered(tokenizer, messages)
     after = tokenizer(text.rpartition(marker)[2], add_special_tokens=False)["input_ids"]
     special = {
         index for index, token in tokenizer.added_tokens_decoder.items() if token.special
