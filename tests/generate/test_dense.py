@@ -4,7 +4,8 @@ import peft
 import pytest
 import torch
 
-from halfbyte.generate.dense import available_bytes, dense_weights
+from halfbyte.device import available_bytes
+from halfbyte.generate.dense import dense_weights
 from halfbyte.models.load import load
 from halfbyte.quant.linear import NF4Linear
 
@@ -49,4 +50,4 @@ def test_layers_come_back_after_an_error(model):
 
 
 def test_memory_is_known_on_linux():
-    assert available_bytes() > 2**20
+    assert available_bytes("cpu") > 2**20

@@ -7,16 +7,15 @@ layer multiplies with anyway, so the answers are the same.
 
 import contextlib
 from collections.abc import Iterator
-from pathlib import Path
 from typing import cast
 
 import torch
 from torch import nn
 
+from halfbyte.device import available_bytes
 from halfbyte.quant.linear import NF4Linear
 
 _SHARE = 0.5  # of the available memory that dense weights may take
-_MEMINFO = Path("/proc/meminfo")
 
 
 @contextlib.contextmanager
@@ -37,7 +36,7 @@ def dense_weights(model: nn.Module, *, limit_bytes: int | None = None) -> Iterat
         if _can_be_dense(module, dtype)
     }
     num_bytes = sum(layer.in_features * layer.out_features for layer in layers.values())
-    limit = available_bytes() * _SHARE if limit_bytes is None else limit_bytes
+    limit = (available_bytes("cpu") or 0) * _SHARE if limit_bytes is None else limit_bytes
     is_dense = bool(layers) and num_bytes * dtype.itemsize <= limit
     try:
         if is_dense:
@@ -48,16 +47,6 @@ def dense_weights(model: nn.Module, *, limit_bytes: int | None = None) -> Iterat
         if is_dense:
             for name, layer in layers.items():
                 model.set_submodule(name, layer)
-
-
-def available_bytes() -> int:
-    """Return the memory that can be had without swapping; 0 where the system does not say."""
-    try:
-        lines = _MEMINFO.read_text().splitlines()
-    except OSError:
-        return 0
-    found = [line.split()[1] for line in lines if line.startswith("MemAvailable:")]
-    return int(found[0]) * 1024 if found else 0
 
 
 def _can_be_dense(module: nn.Module, dtype: torch.dtype) -> bool:
