@@ -135,10 +135,12 @@ void hb_dequantize(const uint8_t *packed, const uint8_t *codes, const float *sca
     int64_t blocks = (numel + block - 1) / block;
 #pragma omp parallel for schedule(static) num_threads(threads) if (numel >= PARALLEL_FROM)
     for (int64_t b = 0; b < blocks; b++) {
-        float absmax = scales[b];
-        if (codes) {
+        float absmax;
+        if (codes) { /* scales is then 1 / NESTED_BLOCK as long: scales[b] lies outside it */
             float scaled = map[codes[b]] * scales[b / NESTED_BLOCK];
             absmax = scaled + *offset;
+        } else {
+            absmax = scales[b];
         }
         int64_t start = b * block, left = numel - start;
         int64_t count = left < block ? left : block;
