@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from halfbyte.engine import policy
 from halfbyte.engine.attention import Layout, backends
 from halfbyte.engine.cpu_layer import CpuLayer
+from halfbyte.engine.final_norm import final_norm
 from halfbyte.engine.graph import Graphs
 from halfbyte.engine.layer import ACTIVATIONS, FusedLayer, dropout_of
 from halfbyte.errors import ConfigError
@@ -85,7 +86,7 @@ class FusedBody:
         layout = layout or Layout(batch, length, max_length=length)
         seed = self._seed(hidden.device, first_token)
         x = self._graphs(self._run_layers, hidden.flatten(0, 1), cos, sin, layout, seed)
-        return (self.model.norm(x.view(batch, length, -1)),)
+        return (x.view(batch, length, -1),)
 
     def _seed(self, device: torch.device, first_token: int) -> Tensor | None:
         """Return a seed for this forward's dropout masks, drawn from torch's CPU generator."""
@@ -102,7 +103,7 @@ class FusedBody:
         with backends():
             for layer, keep in zip(self.layers, levels, strict=True):
                 x = layer.run(x, cos, sin, layout, keep, seed)
-        return x
+        return final_norm(self.model.norm, x)
 
     @torch.no_grad()
     def agrees(self) -> bool:

@@ -21,8 +21,6 @@ LOGITS = "logits"
 # Launch shape of `kernels/gated_triton.py`: programs wanted, columns and tokens of a tile.
 _PROGRAMS, _TILE_COLUMNS, _TILE_TOKENS = 2048, 64, 32
 _LARGE_RANK = 64
-# Float32 tensors of [T, H] that transformers' RMSNorm and its backward hold at once.
-_NORM_FORWARD, _NORM_BACKWARD = 2, 5
 
 
 @dataclass(frozen=True)
@@ -200,12 +198,9 @@ class FusedStep:
     def _head(self, labels: int, vocabulary: int, chunk_rows: int) -> None:
         """Final norm, loss in chunks of logits, and their backward; leaves the gradient of y."""
         ledger, shape = self.ledger, self.shape
-        hidden, wide = self._rows(shape.hidden), self._rows(shape.hidden, 4)
+        hidden = self._rows(shape.hidden)
         ledger.moment = "the final norm"
-        ledger.take(WORK, wide)  # kept for the norm's backward
-        with ledger.hold(WORK, *[wide] * (_NORM_FORWARD - 1), hidden):
-            ledger.take(WORK, hidden)
-        ledger.give(SAVED, hidden)  # the last y is nobody's input
+        ledger.take(WORK, hidden)  # y stays too, for the norm's backward
         ledger.moment = "the loss"
         labelled = labels * shape.hidden * shape.itemsize
         with (
@@ -217,9 +212,9 @@ class FusedStep:
         ledger.moment = "backward of the final norm"
         ledger.take(WORK, hidden)  # of all tokens, from that of the labelled
         ledger.give(WORK, labelled)
-        with ledger.hold(WORK, *[wide] * _NORM_BACKWARD):
-            pass
-        ledger.give(WORK, wide)
+        ledger.take(WORK, hidden)  # the gradient of y
+        ledger.give(WORK, hidden)
+        ledger.give(SAVED, hidden)  # y itself
 
     def _backward(self, level: str, *, is_first: bool) -> None:
         """From the gradient of y to that of x; both have H columns, with a border R wide."""
