@@ -67,3 +67,17 @@ def test_denormal_blocks_are_zero_blocks(triton_device):
     packed, absmax = twin.quantize_4bit(weight.to(triton_device))
     assert absmax.tolist() == [0.0, 1.0]
     assert packed.view(-1)[:32].unique().tolist() == [0x77]
+
+
+@pytest.mark.filterwarnings("ignore:divide by zero")
+@pytest.mark.parametrize("quant_type", nf4.QUANT_TYPES)
+def test_every_threshold_parts_its_neighbours(quant_type, triton_device):
+    at = codebooks.thresholds(quant_type, "cuda")
+    ends = torch.tensor([-1.0, 1.0, torch.nan])
+    above, below = (at.nextafter(torch.full_like(at, end)) for end in (torch.inf, -torch.inf))
+    weight = torch.cat([ends[:1].expand(17), below, at, above, ends[:2]])
+    packed, _ = twin.quantize_4bit(weight.to(triton_device), quant_type=quant_type)
+    expected, _ = nf4.reference_quantize_4bit(weight, quant_type=quant_type, rule="cuda")
+    assert torch.equal(packed.cpu(), expected)
+    _, absmax = twin.quantize_4bit(ends.to(triton_device), quant_type=quant_type)
+    assert absmax.isnan().all()

@@ -25,6 +25,14 @@ _TILE = 4096
 _NESTED_BLOCKS_AT_ONCE = 4
 _SMALLEST_NORMAL = tl.constexpr(2.0**-126)
 _SMALLEST_NORMAL_BITS = tl.constexpr(0x00800000)
+# The cubic through the thresholds of NF4 that comes nearest to their indices: 0.24 off at most.
+_CUBIC, _LINEAR, _CONSTANT = (
+    tl.constexpr(-4.5244631),
+    tl.constexpr(11.495629),
+    tl.constexpr(6.756177),
+)
+# 1.5 * 2^23: a float32 that it is added to is rounded to a whole number, which its low bits hold.
+_ROUNDER = tl.constexpr(12582912.0)
 
 
 @triton.jit
@@ -50,6 +58,34 @@ def _flush(x):
 
 
 @triton.jit
+def _multiply(x, y, APPROXIMATE: tl.constexpr):
+    """Return x times y, denormals as zeros before and after."""
+    if APPROXIMATE:
+        product = tl.inline_asm_elementwise(
+            "mul.ftz.f32 $0, $1, $2;", "=f,f,f", [x, y], dtype=tl.float32, is_pure=True, pack=1
+        )
+    else:
+        product = _flush(_flush(x) * y)
+    return product
+
+
+@triton.jit
+def _rank(thresholds_ptr, x, IS_SMOOTH: tl.constexpr):
+    """Return the count of the 15 thresholds below x, which lies in [-1, 1]."""
+    if IS_SMOOTH:
+        # The cubic is off by less than a half: all thresholds before the nearest index are below x,
+        # none after it is, and one comparison decides. NaN becomes some index of the table too.
+        cubic = (x * x * _CUBIC + _LINEAR) * x + _CONSTANT
+        index = (cubic + _ROUNDER).to(tl.int32, bitcast=True) & 15
+        rank = index + (x > tl.load(thresholds_ptr + index)).to(tl.int32)
+    else:
+        rank = tl.zeros(x.shape, dtype=tl.int32)
+        for k in tl.static_range(15):
+            rank += (x > tl.load(thresholds_ptr + k)).to(tl.int32)
+    return rank
+
+
+@triton.jit
 def _quantize_kernel(
     weight_ptr, packed_ptr, absmax_ptr, thresholds_ptr, order_ptr, numel, num_bytes,
     SIZE: tl.constexpr, BLOCKS: tl.constexpr, IS_SORTED: tl.constexpr, APPROXIMATE: tl.constexpr,
@@ -60,10 +96,8 @@ def _quantize_kernel(
     x = tl.load(weight_ptr + offs, mask=offs < numel, other=0.0).to(tl.float32)
     absmax, inverse = _inverse_absmax(x, APPROXIMATE)
     tl.store(absmax_ptr + blocks, absmax, mask=blocks * SIZE < numel)
-    x = _flush(_flush(x) * inverse[:, None])
-    rank = tl.zeros([BLOCKS, SIZE], dtype=tl.int32)
-    for k in tl.static_range(15):
-        rank += (x > tl.load(thresholds_ptr + k)).to(tl.int32)
+    x, inverse = tl.broadcast(x, inverse[:, None])
+    rank = _rank(thresholds_ptr, _multiply(x, inverse, APPROXIMATE), IS_SORTED)
     code = rank if IS_SORTED else tl.load(order_ptr + rank).to(tl.int32)
     high, low = tl.split(code.reshape(BLOCKS, SIZE // 2, 2))
     packed_offs = blocks[:, None] * (SIZE // 2) + tl.arange(0, SIZE // 2)[None, :]
@@ -131,6 +165,14 @@ def _table(name: str, quant_type: str, device: torch.device) -> torch.Tensor:
 
 
 @functools.cache
+def _thresholds(quant_type: str, device: torch.device) -> torch.Tensor:
+    """Return the thresholds on the device, and infinity, which the index of a NaN may read."""
+    return torch.nn.functional.pad(
+        _table("thresholds", quant_type, device), (0, 1), value=torch.inf
+    )
+
+
+@functools.cache
 def dynamic_table(name: str, device: torch.device, *, is_signed: bool) -> torch.Tensor:
     """Return `codebooks.dynamic_map` or `dynamic_thresholds` on the device, sent once."""
     return getattr(codebooks, name)(signed=is_signed).to(device)
@@ -147,7 +189,7 @@ def quantize_4bit(weight, *, block_size=64, quant_type="nf4"):
             weight,
             packed,
             absmax,
-            _table("thresholds", quant_type, device),
+            _thresholds(quant_type, device),
             _table("codes_by_rank", quant_type, device),
             numel,
             packed.numel(),
