@@ -2,7 +2,6 @@
 
 import copy
 
-import jinja2
 import pytest
 
 from halfbyte.errors import ConfigError, DataError
@@ -35,10 +34,17 @@ def test_without_a_template_messages_are_an_error(tokenizer):
 def test_a_template_that_never_ends_is_stopped(tokenizer):
     bomb = copy.deepcopy(tokenizer)
     bomb.chat_template = (
-        "{% for i in range(10**9) %}{% for j in range(10**9) %}{% endfor %}{% endfor %}"
+        "{% for i in range(10**5) %}{% for j in range(10**5) %}{% endfor %}{% endfor %}"
     )
-    with pytest.raises(jinja2.TemplateError):
+    with pytest.raises(DataError, match="was stopped"):
         prompt_ids(bomb, [{"role": "user", "content": "Hi"}])
+
+
+def test_a_template_that_refuses_is_an_error_that_says_so(tokenizer):
+    strict = copy.deepcopy(tokenizer)
+    strict.chat_template = "{{ raise_exception('no system message') }}"
+    with pytest.raises(DataError, match="refuses this conversation: no system message"):
+        prompt_ids(strict, [{"role": "system", "content": "Hi"}])
 
 
 def test_an_empty_prompt_without_bos_is_an_error(tokenizer):

@@ -35,6 +35,7 @@ TEMPLATES = {
     "no system": NO_SYSTEM,
     "quotes": '{% for m in messages %}"{{ m.role }}" \\ {{ m.content }} ü{{ "{{" }}\n{% endfor %}',
 }
+BOMB = "{% for i in range(10**5) %}{% for j in range(10**5) %}{% endfor %}{% endfor %}"
 each_template = pytest.mark.parametrize("template", TEMPLATES.values(), ids=TEMPLATES)
 
 
@@ -99,6 +100,12 @@ def test_what_is_more_than_a_shape_is_refused(tokenizer, template):
     with pytest.raises(ConfigError) as caught:
         derive_shape(tokenizer)
     assert caught.value.hint
+
+
+def test_a_template_that_never_ends_is_stopped(tokenizer):
+    tokenizer.chat_template = BOMB
+    with pytest.raises(ConfigError, match="was stopped"):
+        derive_shape(tokenizer)
 
 
 def test_the_modelfile_names_file_stops_and_parameters(tokenizer):

@@ -5,7 +5,7 @@ import pytest
 import tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from halfbyte.errors import CheckpointError
+from halfbyte.errors import CheckpointError, DataError
 from halfbyte.gguf.vocabulary import make_vocabulary, model_name, served_template
 
 
@@ -41,6 +41,15 @@ def test_bos_is_added_where_training_had_it(make_byte_level):
     assert not make_vocabulary(tokenizer, 270).add_bos
     tokenizer.chat_template = "{{ bos_token }}" + tokenizer.chat_template
     assert make_vocabulary(tokenizer, 270).add_bos
+
+
+def test_a_template_that_never_ends_is_stopped(make_byte_level):
+    tokenizer = make_byte_level()
+    tokenizer.chat_template = (
+        "{% for i in range(10**5) %}{% for j in range(10**5) %}{% endfor %}{% endfor %}"
+    )
+    with pytest.raises(DataError, match="was stopped"):
+        make_vocabulary(tokenizer, 270)
 
 
 @pytest.mark.parametrize("prefix", [True, False])

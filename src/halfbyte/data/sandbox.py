@@ -26,6 +26,8 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 from jinja2.visitor import NodeTransformer
 
+from halfbyte.errors import DataError
+
 # Noncharacters: Unicode keeps them for internal use, so they are in no text.
 MARK_START, MARK_END = "\ufdd0", "\ufdd1"
 MAX_SECONDS = 10.0
@@ -38,6 +40,17 @@ _MAX_BITS = 1 << 12
 _WIDTHS = frozenset({"center", "ljust", "rjust", "zfill", "expandtabs", "indent", "wordwrap"})
 _GROWING = _WIDTHS | {"replace", "join", "translate", "format"}
 _WIDE_FORMAT = re.compile(r"\d{5,}|%[^a-zA-Z%]*\*|:[^}]*\{")
+
+
+# What a template may raise: its own refusals, and Python's for operands of the wrong kind.
+TEMPLATE_ERRORS = (
+    jinja2.TemplateError,
+    ArithmeticError,
+    AttributeError,
+    LookupError,
+    TypeError,
+    ValueError,
+)
 
 
 class TemplateLimitError(jinja2.TemplateError):
@@ -355,3 +368,22 @@ def render(source: str, variables: Mapping[str, Any], *, marks: bool = False) ->
     finally:
         _BUDGET.reset(token)
     return "".join(written)
+
+
+def render_conversation(source: str, variables: Mapping[str, Any], *, marks: bool = False) -> str:
+    """Return what `render` does, for a conversation that its template may refuse.
+
+    Raises:
+        DataError: the template raised an error, or broke a limit of time or size.
+    """
+    try:
+        return render(source, variables, marks=marks)
+    except TemplateLimitError as error:
+        raise DataError(
+            f"the chat template was stopped: {error}", hint="choose another chat_template"
+        ) from error
+    except TEMPLATE_ERRORS as error:
+        raise DataError(
+            f"the chat template refuses this conversation: {error}",
+            hint="mend the conversation, or choose another chat_template",
+        ) from error

@@ -28,12 +28,17 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-import jinja2
-from jinja2 import TemplateError, nodes
+from jinja2 import nodes
 from transformers import PreTrainedTokenizerBase
 
 from halfbyte.data.formats import Message
-from halfbyte.data.sandbox import MARK_END, MARK_START, TemplateLimitError, parse, render
+from halfbyte.data.sandbox import (
+    MARK_END,
+    MARK_START,
+    TEMPLATE_ERRORS,
+    parse,
+    render_conversation,
+)
 from halfbyte.errors import DataError
 
 # Noncharacters: Unicode keeps them for internal use, so they are in no text.
@@ -41,16 +46,6 @@ PROBE = "\ufdd2"
 PRIVATE = re.compile("[\ufdd0-\ufdef]")
 _GENERATION = re.compile(r"\{%[-+]?\s*generation\b")
 _REASONING = ("reasoning_content", "thinking", "reasoning")
-
-# What a template may raise: its own refusals, and Python's for operands of the wrong kind.
-_TEMPLATE_ERRORS = (
-    jinja2.TemplateError,
-    ArithmeticError,
-    AttributeError,
-    LookupError,
-    TypeError,
-    ValueError,
-)
 
 Span = tuple[int, int]
 
@@ -147,19 +142,9 @@ class Renderer:
             "documents": None,
             "add_generation_prompt": prompt,
         }
-        try:
-            if not messages:
-                raise TemplateError("it is empty")
-            text = render(self._source(tools), variables, marks=marks)
-        except TemplateLimitError as error:
-            raise DataError(
-                f"the chat template was stopped: {error}", hint="choose another chat_template"
-            ) from error
-        except _TEMPLATE_ERRORS as error:
-            raise DataError(
-                f"the chat template refuses this conversation: {error}",
-                hint="mend the conversation, or choose another chat_template",
-            ) from error
+        if not messages:
+            raise DataError("there is no message", hint="mend the conversation")
+        text = render_conversation(self._source(tools), variables, marks=marks)
         if not (self._is_compared or marks or prompt):
             self._compare(text, variables["messages"], tools)
         return text
@@ -183,7 +168,7 @@ class Renderer:
                     messages, tools=tools, chat_template=self.template, tokenize=False
                 )
             )
-        except _TEMPLATE_ERRORS as error:
+        except TEMPLATE_ERRORS as error:
             theirs = f"({error})"
         if theirs != text:
             raise DataError(

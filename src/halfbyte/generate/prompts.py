@@ -11,7 +11,7 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from halfbyte.data.sandbox import render
+from halfbyte.data.sandbox import render_conversation
 from halfbyte.errors import ConfigError, DataError
 
 Message = dict[str, Any]
@@ -34,8 +34,8 @@ def prompt_ids(
         **template_kwargs: What the template takes besides, such as enable_thinking.
 
     Raises:
-        DataError: messages were given but the tokenizer has no chat template, or nothing is left.
-        jinja2.TemplateError: the template refuses the messages, or breaks a limit of time or size.
+        DataError: messages were given but the tokenizer has no chat template, or it refuses them,
+            or nothing is left.
     """
     if isinstance(prompt, str):
         ids = list(tokenizer(prompt)["input_ids"])
@@ -45,7 +45,7 @@ def prompt_ids(
                 "messages were given, but the tokenizer has no chat template",
                 hint="give the prompt as plain text, or set chat_template in training",
             )
-        text = _rendered(tokenizer, prompt, tools, add_generation_prompt=True, **template_kwargs)
+        text = rendered(tokenizer, prompt, tools, add_generation_prompt=True, **template_kwargs)
         ids = list(tokenizer(text, add_special_tokens=False)["input_ids"])
     if not ids:
         if tokenizer.bos_token_id is None:
@@ -54,7 +54,7 @@ def prompt_ids(
     return ids
 
 
-def _rendered(
+def rendered(
     tokenizer: PreTrainedTokenizerBase,
     messages: Sequence[Message],
     tools: Sequence[dict[str, Any]] | None = None,
@@ -62,7 +62,11 @@ def _rendered(
     add_generation_prompt: bool = False,
     **template_kwargs: Any,
 ) -> str:
-    """Return what the chat template makes of a conversation, within the limits that data has."""
+    """Return what the chat template makes of a conversation, within the limits that data has.
+
+    Raises:
+        DataError: the template refuses the conversation, or breaks a limit of time or size.
+    """
     tools = None if tools is None else list(tools)
     variables = {
         **tokenizer.special_tokens_map,
@@ -72,7 +76,8 @@ def _rendered(
         "tools": tools,
         "add_generation_prompt": add_generation_prompt,
     }
-    return render(str(tokenizer.get_chat_template(tools=tools)), variables)  # type: ignore[arg-type]
+    source = str(tokenizer.get_chat_template(tools=tools))  # type: ignore[arg-type]
+    return render_conversation(source, variables)
 
 
 def room_for(model: PreTrainedModel, num_prompt_tokens: int, max_new_tokens: int) -> int:
@@ -106,7 +111,7 @@ def end_of_turn_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
         return None
     marker = "The-answer-ends-here"
     messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": marker}]
-    text = _rendered(tokenizer, messages)
+    text = rendered(tokenizer, messages)
     after = tokenizer(text.rpartition(marker)[2], add_special_tokens=False)["input_ids"]
     special = {
         index for index, token in tokenizer.added_tokens_decoder.items() if token.special

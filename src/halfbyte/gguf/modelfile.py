@@ -14,15 +14,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jinja2
 from transformers import PreTrainedTokenizerBase
 
 from halfbyte.checkpoint.header import read_json
-from halfbyte.errors import ConfigError, HalfbyteError
+from halfbyte.errors import ConfigError, DataError
 from halfbyte.export.config import MergeConfig
-from halfbyte.generate.prompts import end_of_turn_id
+from halfbyte.generate.prompts import end_of_turn_id, rendered
 from halfbyte.gguf.source import open_source
-from halfbyte.gguf.vocabulary import served_template
 
 Message = dict[str, Any]
 # generation_config.json's names to Ollama's.
@@ -38,7 +36,6 @@ _OTHERWISE = (
     "serve the GGUF file with llama.cpp (llama-server --jinja), which reads the template itself, "
     "or train with one of the named templates"
 )
-_REFUSALS = (jinja2.TemplateError, HalfbyteError, LookupError, TypeError, ValueError)
 
 
 @dataclass(frozen=True)
@@ -233,14 +230,7 @@ def _render(
     tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], *, prompt: bool
 ) -> str:
     """Return the text of messages, without BOS."""
-    text = str(
-        tokenizer.apply_chat_template(
-            list(messages),
-            chat_template=served_template(tokenizer),
-            tokenize=False,
-            add_generation_prompt=prompt,
-        )
-    )
+    text = rendered(tokenizer, messages, add_generation_prompt=prompt)
     return text.removeprefix(tokenizer.bos_token or "")
 
 
@@ -254,10 +244,8 @@ def _split(
     """
     try:
         text = _render(tokenizer, messages, prompt=True)
-    except _REFUSALS as error:
-        raise ConfigError(
-            f"the chat template refuses a plain conversation: {error}", hint=_OTHERWISE
-        ) from error
+    except DataError as error:
+        raise ConfigError(error.message, hint=_OTHERWISE) from error
     parts = []
     for mark in marks:
         part, found, text = text.partition(mark)
@@ -287,7 +275,7 @@ def _prefixes(before_user: str, after_answer: str) -> list[tuple[str, str]]:
 def _accepts_system(tokenizer: PreTrainedTokenizerBase) -> bool:
     try:
         text = _render(tokenizer, [_system(_MARKS[0]), _user(_MARKS[1])], prompt=True)
-    except _REFUSALS:
+    except DataError:
         return False
     return _MARKS[0] in text
 

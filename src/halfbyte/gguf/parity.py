@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import jinja2
 from transformers import PreTrainedTokenizerBase
 
 from halfbyte.data.chat import IGNORE_INDEX, ChatEncoder, Encoded
@@ -148,8 +147,8 @@ def _compare_conversation(
         place = f"{where}, message {turn + 1}"
         try:
             found = served.prompt_ids(example.messages[:turn], example.tools)
-        except (jinja2.TemplateError, TypeError, ValueError) as error:
-            parity.skip(f"the template makes no prompt before an answer: {error}")
+        except DataError as error:
+            parity.skip(f"the template makes no prompt before an answer: {error.message}")
             continue
         _compare(served, row.input_ids[:start], found, place, parity)
         stop = row.input_ids[end - 1]

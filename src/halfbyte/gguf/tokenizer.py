@@ -16,8 +16,8 @@ from typing import Any
 
 import gguf
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
-from transformers.utils.chat_template_utils import render_jinja_template
 
+from halfbyte.data.sandbox import render_conversation
 from halfbyte.errors import CheckpointError
 from halfbyte.gguf.pretokenizers import pre_tokenizer_named
 from halfbyte.gguf.vocabulary import SPACE, STRIPPING_NAMES
@@ -41,7 +41,7 @@ class GgufTokenizer:
         self.tokens: list[str] = self._read("tokenizer.ggml.tokens", [])
         self.model = self._read("tokenizer.ggml.model", None)
         self.pre = pre_tokenizer_named(self._read("tokenizer.ggml.pre", "default"))
-        self.template: str | None = self._read("tokenizer.chat_template", None)
+        self.template: str = self._read("tokenizer.chat_template", "")
         self.adds_bos = bool(self._read("tokenizer.ggml.add_bos_token", False))  # noqa: FBT003
         self.bos_id = self._read("tokenizer.ggml.bos_token_id", None)
         self.eos_id = self._read("tokenizer.ggml.eos_token_id", None)
@@ -56,17 +56,17 @@ class GgufTokenizer:
         """Return what a server asks the model, for messages and the beginning of an answer.
 
         Raises:
-            jinja2.TemplateError: the template refuses the messages.
+            DataError: the template refuses the messages, or breaks a limit of time or size.
         """
-        rendered: Any = render_jinja_template(
-            conversations=[list(messages)],
-            chat_template=self.template,
-            tools=tools,
-            add_generation_prompt=True,
-            bos_token=self._text(self.bos_id),
-            eos_token=self._text(self.eos_id),
-        )
-        text = str(rendered[0][0])
+        variables = {
+            "messages": list(messages),
+            "tools": tools,
+            "documents": None,
+            "add_generation_prompt": True,
+            "bos_token": self._text(self.bos_id),
+            "eos_token": self._text(self.eos_id),
+        }
+        text = render_conversation(self.template, variables)
         if self.adds_bos:  # the server adds it, and takes the template's away
             text = text.removeprefix(self._text(self.bos_id))
         return self.encode(text)

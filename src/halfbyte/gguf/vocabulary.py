@@ -16,7 +16,7 @@ import gguf
 from transformers import PreTrainedTokenizerBase
 
 from halfbyte.errors import CheckpointError
-from halfbyte.generate.prompts import end_of_turn_id
+from halfbyte.generate.prompts import end_of_turn_id, rendered
 from halfbyte.gguf.pretokenizers import find_pre_tokenizer
 
 SPACE = "\u2581"  # SentencePiece's visible space
@@ -225,11 +225,7 @@ def _begins_with_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
         return False
     if not tokenizer.chat_template:
         return bool(tokenizer("a")["input_ids"][:1] == [bos])
-    text = str(
-        tokenizer.apply_chat_template(
-            [{"role": "user", "content": "?"}], tokenize=False, add_generation_prompt=True
-        )
-    )
+    text = rendered(tokenizer, [{"role": "user", "content": "?"}], add_generation_prompt=True)
     return text.startswith(str(tokenizer.bos_token))
 
 

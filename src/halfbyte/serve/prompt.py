@@ -7,8 +7,6 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import jinja2
-
 from halfbyte.errors import ConfigError, DataError
 from halfbyte.generate.prompts import prompt_ids
 from halfbyte.generate.sampling import Sampling
@@ -34,10 +32,7 @@ def chat_prompt(body: ChatBody, model: ServedModel) -> list[int]:
         raise ConfigError(f"chat_template_kwargs cannot set {sorted(taken)}")
     tools = body.tools if body.tool_choice == "auto" else None
     messages = [_message(message, index) for index, message in enumerate(body.messages)]
-    try:
-        return prompt_ids(model.tokenizer, messages, tools=tools, **body.chat_template_kwargs)
-    except (jinja2.TemplateError, TypeError, ValueError, KeyError) as error:
-        raise DataError(f"the chat template of {model.name!r} refuses this: {error}") from error
+    return prompt_ids(model.tokenizer, messages, tools=tools, **body.chat_template_kwargs)
 
 
 def completion_prompt(prompt: str | list[int], model: ServedModel, vocabulary: int) -> list[int]:
