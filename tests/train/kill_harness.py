@@ -102,6 +102,7 @@ def main(folder, kills, seed, number):
                 break
             assert code in (-number, 128 + number), code
             counts["killed"] += 1
+            counts["saved_and_left"] += code == 128 + number
             counts["half_written"] += any(out.glob(".*.partial"))
         assert adapter(out) == expected, f"attempt {counts} ended with other bits"
         counts["finished"] += 1
