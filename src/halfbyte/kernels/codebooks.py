@@ -11,6 +11,9 @@ codes no longer equal those of bitsandbytes.
   whoever loads a checkpoint uses the map that came with it.
 """
 
+import functools
+import struct
+
 import torch
 
 _NF4_LEVELS = (
@@ -133,11 +136,16 @@ def codes_by_rank(quant_type: str, device_type: str = "cpu") -> torch.Tensor:
 
 def dynamic_map(*, signed: bool = True) -> torch.Tensor:
     """Return the 256 values of the dynamic eight-bit type, ascending, float32 [256] on the CPU."""
-    zero_and_one = torch.tensor([0.0, 1.0], dtype=torch.float32, device="cpu")
-    if not signed:
-        return torch.cat([zero_and_one[:1], _float32(_UNSIGNED_DYNAMIC_MAP), zero_and_one[1:]])
-    positive = _float32(_SIGNED_DYNAMIC_MAP)
-    return torch.cat([-positive.flip(0), zero_and_one[:1], positive, zero_and_one[1:]])
+    return torch.frombuffer(bytearray(_dynamic_bytes(signed)), dtype=torch.float32)
+
+
+@functools.cache
+def _dynamic_bytes(signed: bool) -> bytes:  # noqa: FBT001
+    """Return the map in the machine's order of bytes: every weight that is loaded has its own."""
+    spelled = bytes.fromhex(_SIGNED_DYNAMIC_MAP if signed else _UNSIGNED_DYNAMIC_MAP)
+    positive = struct.unpack(f">{len(spelled) // 4}f", spelled)
+    negative = [-value for value in reversed(positive)] if signed else []
+    return struct.pack("=256f", *negative, 0.0, *positive, 1.0)
 
 
 def dynamic_thresholds(*, signed: bool = True) -> torch.Tensor:

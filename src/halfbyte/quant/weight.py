@@ -62,26 +62,15 @@ class QuantizedWeight:
         """
         weight = weight.detach()
         packed, absmax = nf4.quantize_4bit(weight, block_size=block_size, quant_type=quant_type)
-        # The scale of a block is finite exactly where all of its elements are; NaN is a maximum.
-        largest = float(absmax.amax())
-        if not math.isfinite(largest):
-            raise QuantizationError(
-                f"a weight of shape {list(weight.shape)} holds NaN or Inf",
-                hint="the checkpoint is damaged or its training diverged: take another one",
-            )
-        nested_absmax = nested_map = offset = None
-        if double_quant and largest * absmax.numel() > torch.finfo(torch.float32).max:
-            raise QuantizationError(
-                f"a weight of shape {list(weight.shape)} holds {largest:.3g}, and the mean of its "
-                "scales may overflow",
-                hint="the checkpoint is damaged; or set double_quant=False",
-            )
+        scales, nested_absmax, nested_map, offset = absmax, None, None, None
         if double_quant:
-            absmax, nested_absmax, offset = nf4.quantize_absmax(absmax)
-            nested_map = codebooks.dynamic_map().to(weight.device)
+            scales, nested_absmax, offset = nf4.quantize_absmax(absmax)
+            nested_map = codebooks.dynamic_map().to(weight.device, non_blocking=True)
+        # Looked at last: on a GPU whoever looks waits for all that was started before.
+        _check_scales(absmax, weight.shape, double_quant=double_quant)
         return cls(
             packed=packed,
-            absmax=absmax,
+            absmax=scales,
             nested_absmax=nested_absmax,
             nested_map=nested_map,
             offset=offset,
@@ -140,3 +129,19 @@ class QuantizedWeight:
         """Return the same weight on `device`."""
         moved: dict[str, Any] = {name: value.to(device) for name, value in self.tensors().items()}
         return dataclasses.replace(self, **moved)
+
+
+def _check_scales(absmax: Tensor, shape: torch.Size, *, double_quant: bool) -> None:
+    """Refuse a weight by its scales: a block's is finite exactly where all of its elements are."""
+    largest = float(absmax.amax())  # NaN is a maximum
+    if not math.isfinite(largest):
+        raise QuantizationError(
+            f"a weight of shape {list(shape)} holds NaN or Inf",
+            hint="the checkpoint is damaged or its training diverged: take another one",
+        )
+    if double_quant and largest * absmax.numel() > torch.finfo(torch.float32).max:
+        raise QuantizationError(
+            f"a weight of shape {list(shape)} holds {largest:.3g}, and the mean of its scales may "
+            "overflow",
+            hint="the checkpoint is damaged; or set double_quant=False",
+        )
