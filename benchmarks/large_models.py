@@ -80,7 +80,9 @@ def measure(shape: str, rank: int, gib: int, length: int, peers: int | None) -> 
     allowed = cap(gib)
     start = time.perf_counter()
     model = random_model(shape, torch.device("cuda"), rank=rank)
-    optimizer = AdamW([(n, p) for n, p in model.named_parameters() if p.requires_grad], paged=True)
+    optimizer = AdamW(
+        [(n, p) for n, p in model.named_parameters() if p.requires_grad], placement="auto"
+    )
     optimizer.evict()
     told: list = []
     survivor = Survivor(

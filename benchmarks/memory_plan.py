@@ -51,7 +51,7 @@ def measure(shape: str, rank: int, rows: int, length: int, memory, optim: str, s
     spend = int(memory * 2**30) if isinstance(memory, float) else memory
     optimizer = AdamW(
         [(n, p) for n, p in model.named_parameters() if p.requires_grad],
-        state_bits=state_bits, paged=is_paged,
+        state_bits=state_bits, placement="auto" if is_paged else "device",
     )  # fmt: skip
     parts = LanguageModel.of(model, memory=spend)
     torch.cuda.reset_peak_memory_stats()

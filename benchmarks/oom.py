@@ -96,7 +96,7 @@ def train(shape: str, place: str | None, times: int) -> dict:
     release()
     model = random_model(shape, torch.device("cuda"), rank=16, dropout=0.1)
     optimizer = AdamW(
-        [(n, p) for n, p in model.named_parameters() if p.requires_grad], lr=1e-3, paged=True
+        [(n, p) for n, p in model.named_parameters() if p.requires_grad], lr=1e-3, placement="auto"
     )
     told: list = []
     parts = LanguageModel.of(model, memory="fast")

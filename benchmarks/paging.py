@@ -19,7 +19,6 @@ import torch
 from random_model import batch, random_model, release
 
 from halfbyte.errors import DeviceError
-from halfbyte.memory.pager import Paging
 from halfbyte.memory.shortage import is_out_of_memory
 from halfbyte.optim.adamw import AdamW
 from halfbyte.train.determinism import determinism
@@ -40,20 +39,20 @@ def data(step: int, vocabulary: int, rows: int = 1, length: int = LENGTH):
     return [batch(rows, length, vocabulary)]
 
 
-def run(shape: str, rank: int, state_bits: int, *, paged, ballast_bytes: int = 0) -> dict:
+def run(shape: str, rank: int, state_bits: int, *, placement: str, ballast_bytes: int = 0) -> dict:
     """Train 20 steps; return the parameters on the host, the peaks and what was given up."""
     release()
     ballast = torch.empty(ballast_bytes, dtype=torch.uint8, device="cuda")
     base = torch.cuda.memory_reserved()
     model = random_model(shape, torch.device("cuda"), rank=rank)
     told = []
-    optimizer = AdamW(named(model), lr=1e-3, state_bits=state_bits, paged=paged)
+    optimizer = AdamW(named(model), lr=1e-3, state_bits=state_bits, placement=placement)
     parts = LanguageModel.of(model, memory="lean")
     settings = dict(learning_rate=1e-3, max_grad_norm=1.0, seed=0)
     survivor = Survivor(parts, optimizer, tell=told.append, explain=lambda s: DeviceError(s.reason))
     for step in range(STEPS):
         batches = data(step, model.config.vocab_size)
-        if paged:
+        if placement == "auto":
             survivor.step(batches, step=step, **settings)
         else:
             train_step(parts, optimizer, batches, step=step, **settings)
@@ -74,21 +73,21 @@ def equal(a: dict, b: dict) -> bool:
 
 
 def prove(shape: str, rank: int, state_bits: int) -> dict:
-    free_run = run(shape, rank, state_bits, paged=False)
-    control = run(shape, rank, state_bits, paged=False)
+    free_run = run(shape, rank, state_bits, placement="device")
+    control = run(shape, rank, state_bits, placement="device")
     release()
     free, _ = torch.cuda.mem_get_info()
     room = free_run["reserved"] - int(0.6 * free_run["state_bytes"])
     ballast = free - room
     failure = None
     try:
-        run(shape, rank, state_bits, paged=False, ballast_bytes=ballast)
+        run(shape, rank, state_bits, placement="device", ballast_bytes=ballast)
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
         failure = str(error).partition("\n")[0]
     release()
-    squeezed = run(shape, rank, state_bits, paged=True, ballast_bytes=ballast)
+    squeezed = run(shape, rank, state_bits, placement="auto", ballast_bytes=ballast)
     return {
         "shape": shape, "rank": rank, "state_bits": state_bits, "steps": STEPS,
         "state_mib": round(free_run["state_bytes"] / 2**20),
@@ -115,13 +114,11 @@ def timed(function, count: int) -> float:
 
 def cost(shape: str, rank: int, state_bits: int, rows: int, length: int) -> list[dict]:
     found = []
-    kinds = {"unpaged": False, "paged, on the GPU": True, "paged, on the host": Paging(
-        resident_bytes=0
-    )}  # fmt: skip
-    for name, paged in kinds.items():
+    kinds = {"unpaged": "device", "paged, on the GPU": "auto", "paged, on the host": "host"}
+    for name, placement in kinds.items():
         release()
         model = random_model(shape, torch.device("cuda"), rank=rank)
-        optimizer = AdamW(named(model), lr=1e-4, state_bits=state_bits, paged=paged)
+        optimizer = AdamW(named(model), lr=1e-4, state_bits=state_bits, placement=placement)
         parts = LanguageModel.of(model, memory="fast")
         batches = data(0, model.config.vocab_size, rows, length)
 

@@ -115,6 +115,9 @@ class FakePool:
     def _free(self, nbytes):
         self.used -= nbytes
 
+    def free_bytes(self):
+        return self.capacity - self.used
+
     def on_host(self, nbytes):
         return torch.full((nbytes,), 0xFF, dtype=torch.uint8)
 

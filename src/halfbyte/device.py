@@ -69,7 +69,10 @@ def available_bytes(device: torch.device | str) -> int | None:
     """Return the bytes that can still be had on `device`; None where the system does not say."""
     device = torch.device(device)
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+        free, total = torch.cuda.mem_get_info(device)
+        # Whoever shares a card may have capped the process.
+        allowed = int(torch.cuda.get_per_process_memory_fraction(device) * total)
+        return max(min(free, allowed - torch.cuda.memory_reserved(device)), 0)
     try:
         lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
     except OSError:

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from halfbyte.memory.pager import Field, Pager, Paging
+from halfbyte.memory.pager import Pager
+from halfbyte.memory.pages import Field, Paging
 from halfbyte.memory.pools import CpuPool, pool_for
 
 FIELDS = (Field("moment", torch.float32),)
@@ -28,7 +29,7 @@ def test_streamed_pages_equal_resident_ones():
         state["moment"].mul_(1.5).add_(torch.arange(start, stop, device=device))
 
     pagers = [
-        Pager(numel, FIELDS, pool_for(device), Paging(2**16, resident_bytes=limit))
+        Pager(numel, FIELDS, pool_for(device), paging=Paging(2**16, resident_bytes=limit))
         for limit in (None, 2**21, 0)
     ]
     for _ in range(5):

@@ -45,12 +45,16 @@ def test_what_is_due_when(assembled, strategy, every, steps):
 
 
 @pytest.mark.parametrize(
-    ("optim", "bits", "paged"),
-    [("adamw_torch", 32, False), ("paged_adamw_32bit", 32, True), ("paged_adamw_8bit", 8, True)],
+    ("optim", "bits", "placement"),
+    [
+        ("adamw_torch", 32, "device"),
+        ("paged_adamw_32bit", 32, "auto"),
+        ("paged_adamw_8bit", 8, "auto"),
+    ],
 )
-def test_optimizer_is_the_one_that_was_named(assembled, optim, bits, paged):
+def test_optimizer_is_the_one_that_was_named(assembled, optim, bits, placement):
     optimizer = assembled(optim=optim).optimizer
-    assert (optimizer.state_bits, optimizer.paged) == (bits, paged)
+    assert (optimizer.state_bits, optimizer.placement) == (bits, placement)
     assert optimizer.num_parameters == 8192
 
 

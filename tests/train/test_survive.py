@@ -6,10 +6,12 @@ import gc
 import pytest
 import torch
 
+from halfbyte.engine import body as body_module
 from halfbyte.engine.body import FusedBody
+from halfbyte.engine.final_norm import final_norm
 from halfbyte.engine.layer import FusedLayer
 from halfbyte.errors import DeviceError
-from halfbyte.memory.pager import Paging
+from halfbyte.memory.pages import Paging
 from halfbyte.optim import adamw
 from halfbyte.optim.adamw import AdamW
 from halfbyte.train import loss as loss_module
@@ -51,7 +53,6 @@ def inject(fault, monkeypatch, model, optimizer):
     )  # fmt: skip
     base = model.model.get_base_model()
     base.model.embed_tokens.register_forward_hook(lambda *_: fault("embedding"))
-    base.model.norm.register_forward_hook(lambda *_: fault("norm"))
     pages = []
 
     def layer_run(self, x, *args):
@@ -75,6 +76,11 @@ def inject(fault, monkeypatch, model, optimizer):
         fault({1: "first page", 3: "third page"}.get(len(pages), ""))
         step(*args, **kwargs)
 
+    def normalize(*args):
+        fault("norm")
+        return final_norm(*args)
+
+    monkeypatch.setattr(body_module, "final_norm", normalize)
     monkeypatch.setattr(FusedLayer, "run", layer_run)
     monkeypatch.setattr(loss_module, "linear_cross_entropy", cross_entropy)
     monkeypatch.setattr(optimizer, "grad_norm", grad_norm)
@@ -92,7 +98,8 @@ def survivor(model, fake_pool, told=None, *, is_fused=True):
         parts = dataclasses.replace(parts, body=FusedBody(parts.body, memory="fast"))
     optimizer = AdamW(
         [(n, p) for n, p in model.named_parameters() if p.requires_grad],
-        paged=Paging(PAGE_BYTES, None, fake_pool(10**7)),
+        placement="auto",
+        paging=Paging(PAGE_BYTES, 4 * PAGE_BYTES, fake_pool(10**7)),
     )
     return Survivor(
         parts, optimizer, tell=(told if told is not None else []).append, explain=explain

@@ -1,111 +1,47 @@
 """Optimizer state in pages: on the device while there is room, in pinned host memory when not.
 
-A page holds everything that the state knows of one range of elements, in one buffer, so it moves in
-one copy. `visit` hands the pages to an update one after the other. Those that are away come through
-two slots on the device:
+Where there is room, the state is one page, and an update is one launch over it. When it has to
+leave it is cut into many, and each moves in one copy. `visit` hands the pages to an update one
+after the other. Those that are away come through a few slots on the device:
 
     in        fetch 3 ──────► slot A          fetch 5 ──► A
     update              2 (in B)   3 (in A)   4 (in B)   5 (in A)
     out                            store 2    store 3
 
-Copies run beside the update of another page. What is computed does not depend on where a page is,
-so paged and unpaged state are equal bit for bit (QLoRA, arXiv 2305.14314, section 3: paged
-optimizers; there pages are moved by CUDA's unified memory, here by copies).
+Copies in both directions run beside the update of another page, and `prefetch` starts the first of
+them before it is time for the update. What is computed does not depend on where a page is, so state
+on the device, on the host or in between is equal bit for bit (QLoRA, arXiv 2305.14314, section 3:
+paged optimizers; there pages are moved by CUDA's unified memory, here by copies).
 """
 
+import itertools
 import sys
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
-PAGE_BYTES = 32 * 2**20
-"""A copy of this size runs at the full speed of the bus, and two slots of it are cheap."""
-BLOCK_SIZE = 256
-"""Page bounds are multiples of this many elements, so that no block of 8-bit state is cut."""
-_SLOTS = 2
+from halfbyte.memory.pages import BLOCK_SIZE, Field, Page, Paging, Placement, Pool
+from halfbyte.memory.patience import Patience
+
+SLOTS = 4
+"""One is filled, one updated, one emptied; the fourth takes up what these differ in."""
+_MARGIN = 8
+"""Pages that must fit on the device beside those that come back."""
 
 Update = Callable[[int, int, dict[str, Tensor]], None]
-
-
-@dataclass(frozen=True)
-class Field:
-    """One tensor of the state.
-
-    Args:
-        name: What `visit`, `read` and `write` call it.
-        dtype: Of its elements.
-        span: Parameters that one element stands for: 1, or a block's 256 for its scale.
-    """
-
-    name: str
-    dtype: torch.dtype
-    span: int = 1
-
-    def nbytes(self, numel: int) -> int:
-        """Return its bytes for `numel` parameters, a multiple of the block."""
-        return numel // self.span * self.dtype.itemsize
-
-
-class Pool(Protocol):
-    """Where pages can be, and how they move. Copies are queued; nothing waits for them but
-    `arrived` (the device) and `synchronize` (the host).
-
-    Attributes:
-        is_apart: Whether device and host are two memories, so that eviction makes room.
-    """
-
-    is_apart: bool
-
-    def on_device(self, nbytes: int) -> Tensor:
-        """Return uint8 `[nbytes]` on the device; raises torch.OutOfMemoryError."""
-
-    def on_host(self, nbytes: int) -> Tensor:
-        """Return uint8 `[nbytes]` in host memory that the device can copy from."""
-
-    def fetch(self, page: Tensor, slot: Tensor) -> None:
-        """Copy a page from the host into a slot, after everything queued so far."""
-
-    def arrived(self, slot: Tensor) -> None:
-        """Let what is queued from now on wait for the slot's page."""
-
-    def store(self, slot: Tensor, page: Tensor) -> None:
-        """Copy a slot back to its page, after what is queued so far."""
-
-    def finish(self) -> None:
-        """Let what is queued from now on wait for all copies; the slots may then be freed."""
-
-    def synchronize(self) -> None:
-        """Wait until the host sees all copies."""
-
-
-@dataclass(frozen=True)
-class Paging:
-    """How state is cut into pages and where these may be.
-
-    Args:
-        page_bytes: Size of a page; None makes a single one, which must fit on the device.
-        resident_bytes: Most bytes of pages on the device; None means what fits.
-        pool: With what memory pages are made; None means that of the parameters' device.
-    """
-
-    page_bytes: int | None = PAGE_BYTES
-    resident_bytes: int | None = None
-    pool: Pool | None = None
-
-
-UNPAGED = Paging(page_bytes=None)
+Copy = Callable[[Tensor, Tensor], None]
 
 
 @dataclass
-class _Page:
-    start: int
-    stop: int
-    buffer: Tensor
-    is_resident: bool
+class _Flight:
+    """Pages on their way through slots: those that wait, and where the others arrive, in order."""
+
+    slots: list[Tensor]
+    waiting: deque[Page]
+    arriving: deque[Tensor]
 
 
 class Pager:
@@ -114,30 +50,36 @@ class Pager:
     Args:
         numel: Parameters, a multiple of `BLOCK_SIZE`.
         fields: The tensors of the state.
-        pool: Where pages can be.
+        pool: Where pages can be. Where it is one memory, they are on the device.
+        placement: Where they shall be.
         paging: Size of pages, and how many may be on the device.
+
+    Raises:
+        torch.OutOfMemoryError: "device", and there is no room.
     """
 
-    def __init__(self, numel: int, fields: Sequence[Field], pool: Pool, paging: Paging) -> None:
+    def __init__(
+        self,
+        numel: int,
+        fields: Sequence[Field],
+        pool: Pool,
+        placement: Placement = "auto",
+        paging: Paging | None = None,
+    ) -> None:
+        paging = paging or Paging()
         self.fields = tuple(fields)
         self.pool = pool
-        self._done = 0
-        self._pages: list[_Page] = []
-        per_block = sum(field.nbytes(BLOCK_SIZE) for field in fields)
-        if paging.page_bytes is None:
-            whole = pool.on_device(numel // BLOCK_SIZE * per_block).zero_()
-            self._pages.append(_Page(0, numel, whole, is_resident=True))
-            return
-        size = max(paging.page_bytes // per_block, 1) * BLOCK_SIZE
-        left = sys.maxsize if paging.resident_bytes is None else paging.resident_bytes
-        for start in range(0, numel, size):
-            stop = min(start + size, numel)
-            nbytes = (stop - start) // BLOCK_SIZE * per_block
-            buffer = self._try_device(nbytes) if nbytes <= left else None
-            left = 0 if buffer is None else left - nbytes
-            is_resident = buffer is not None
-            page = pool.on_host(nbytes) if buffer is None else buffer
-            self._pages.append(_Page(start, stop, page.zero_(), is_resident))
+        self.placement: Placement = placement if pool.is_apart else "device"
+        self._numel = numel
+        self._page_numel = max(paging.page_bytes // self._nbytes(BLOCK_SIZE), 1) * BLOCK_SIZE
+        limit = paging.resident_bytes
+        self._limit = sys.maxsize if limit is None else limit
+        self._patience = Patience()
+        self._flight: _Flight | None = None
+        self._next = 0  # where a visit that failed goes on
+        self._pages = self._new_pages()
+        for page in self._pages:
+            page.buffer.zero_()
 
     @property
     def resident_bytes(self) -> int:
@@ -149,23 +91,51 @@ class Pager:
         """Bytes of pages in host memory."""
         return sum(page.buffer.nbytes for page in self._pages if not page.is_resident)
 
+    def place(self, placement: Placement) -> None:
+        """Change where pages shall be; they move at once where they must.
+
+        Raises:
+            torch.OutOfMemoryError: "device", and there is no room; pages are as with "auto" then.
+        """
+        if not self.pool.is_apart:
+            return
+        self.placement = "auto"
+        if placement == "host":
+            self.evict(self.resident_bytes)
+        elif placement == "device" and self.host_bytes:
+            self._gather(self.pool.on_device(self._nbytes(self._numel)))
+        self.placement = placement
+
     def evict(self, nbytes: int) -> int:
         """Move pages to the host until `nbytes` of the device are free; return how many became so.
 
         The last pages go first: their way back is hidden behind the updates of those before them.
+        State that is one page leaves as a whole.
         """
+        self.land()
         freed = 0
-        for page in reversed(self._pages if self.pool.is_apart else ()):
-            if freed >= nbytes:
-                break
-            if page.is_resident:
-                away = self.pool.on_host(page.buffer.nbytes)
-                self.pool.store(page.buffer, away)
-                self.pool.finish()
-                page.buffer, page.is_resident = away, False
-                freed += away.nbytes
-        self.pool.synchronize()
+        for page in self._pages[::-1] if self.placement != "device" else ():
+            if freed < nbytes and page.is_resident:
+                self._send_away(page)
+                freed += page.buffer.nbytes
+        if freed:
+            self.pool.synchronize()
+            self._patience.left()
         return freed
+
+    def prefetch(self) -> None:
+        """Let the first pages that are away come to the device, as far as slots fit there now.
+
+        The slots take memory until the next `visit` ends, or until `land`.
+        """
+        if self._flight is None and (slots := self._free_slots()):
+            self._flight = self._take_off(slots)
+
+    def land(self) -> None:
+        """Free the slots; a page that came and was not updated is on the host as it was."""
+        if self._flight is not None:
+            self.pool.finish()
+            self._flight = None
 
     def visit(self, update: Update) -> None:
         """Call `update(start, stop, tensors by field)` for every page, in order.
@@ -175,33 +145,43 @@ class Pager:
         Raises:
             torch.OutOfMemoryError: not even one slot fits, with all pages away.
         """
-        slots = self._slots()
-        away = deque(page for page in self._pages[self._done :] if not page.is_resident)
-        arriving: deque[Tensor] = deque()
-
-        def fetch(slot: Tensor) -> None:
-            if away:
-                self.pool.fetch(away.popleft().buffer, slot)
-                arriving.append(slot)
-
-        for slot in slots:
-            fetch(slot)
+        flight = self._flight = self._flight or self._take_off(self._slots())
         try:
-            while self._done < len(self._pages):
-                page = self._pages[self._done]
+            for page in self._pages:
+                if page.start < self._next:
+                    continue
                 if page.is_resident:
-                    update(page.start, page.stop, self._views(page, page.buffer))
+                    update(page.start, page.stop, page.views(self.fields))
                 else:
-                    slot = arriving.popleft()
+                    slot = flight.arriving.popleft()
                     self.pool.arrived(slot)
-                    update(page.start, page.stop, self._views(page, slot))
+                    update(page.start, page.stop, page.views(self.fields, slot))
                     self.pool.store(slot, page.buffer)
-                    fetch(slot)
-                self._done += 1
+                    self._fetch(flight, slot)
+                self._next = page.stop
         finally:
-            if slots:
-                self.pool.finish()
-        self._done = 0
+            self.land()
+        self._next = 0
+
+    def settle(self) -> None:
+        """Bring pages back that had room in each of the last steps; to be called after a step."""
+        if self.placement != "auto" or not self.host_bytes:
+            return
+        free = self.pool.free_bytes() - _MARGIN * self._nbytes(self._page_numel)
+        room = self._patience.after_step(min(free, self._limit - self.resident_bytes))
+        if room >= self.host_bytes:
+            whole = self._try_device(self._nbytes(self._numel))
+            if whole is not None:
+                self._gather(whole)
+                return
+        for page in self._away():
+            room -= page.buffer.nbytes
+            buffer = self._try_device(page.buffer.nbytes) if room >= 0 else None
+            if buffer is None:
+                break
+            self.pool.fetch(page.buffer, buffer)
+            page.buffer, page.is_resident = buffer, True
+        self.pool.finish()
 
     def read(self, name: str, start: int, stop: int) -> Tensor:
         """Return a field's part for parameters `start` to `stop`, multiples of its span.
@@ -215,43 +195,103 @@ class Pager:
     def write(self, name: str, start: int, values: Tensor) -> None:
         """Set a field's part from parameter `start` on to `values`; pages stay where they are."""
         field = next(field for field in self.fields if field.name == name)
+        self.land()
         self.pool.synchronize()
         at = 0
         for part in self._parts(name, start, start + values.numel() * field.span):
             part.copy_(values[at : at + part.numel()])
             at += part.numel()
 
-    def _parts(self, name: str, start: int, stop: int) -> list[Tensor]:
-        span = next(field.span for field in self.fields if field.name == name)
-        parts = []
-        for page in self._pages:
-            first, last = max(start, page.start), min(stop, page.stop)
-            if first < last:
-                view = self._views(page, page.buffer)[name]
-                parts.append(view[(first - page.start) // span : (last - page.start) // span])
-        return parts
+    def _nbytes(self, numel: int) -> int:
+        return sum(field.nbytes(numel) for field in self.fields)
 
-    def _views(self, page: _Page, buffer: Tensor) -> dict[str, Tensor]:
-        views, at = {}, 0
+    def _new_pages(self) -> list[Page]:
+        """Return one page on the device, or many that are where there is room."""
+        whole = self._nbytes(self._numel)
+        if self.placement == "device":
+            return [Page(0, self._numel, self.pool.on_device(whole), is_resident=True)]
+        left = self._limit if self.placement == "auto" else 0
+        if whole <= left and (buffer := self._try_device(whole)) is not None:
+            return [Page(0, self._numel, buffer, is_resident=True)]
+        pages = []
+        for start, stop in self._bounds(0, self._numel):
+            nbytes = self._nbytes(stop - start)
+            found = self._try_device(nbytes) if nbytes <= left else None
+            left = 0 if found is None else left - nbytes
+            buffer = self.pool.on_host(nbytes) if found is None else found
+            pages.append(Page(start, stop, buffer, is_resident=found is not None))
+        return pages
+
+    def _bounds(self, start: int, stop: int) -> Iterator[tuple[int, int]]:
+        return itertools.pairwise([*range(start, stop, self._page_numel), stop])
+
+    def _away(self) -> list[Page]:
+        """Return the pages on the host that the visit has not reached yet."""
+        return [page for page in self._pages if not page.is_resident and page.start >= self._next]
+
+    def _send_away(self, page: Page) -> None:
+        """Put pages on the host in the place of one on the device."""
+        parts = [
+            Page(start, stop, self.pool.on_host(self._nbytes(stop - start)), is_resident=False)
+            for start, stop in self._bounds(page.start, page.stop)
+        ]
+        for part in parts:
+            self._copy(page, part, self.pool.store)
+        self.pool.finish()
+        at = self._pages.index(page)
+        self._pages[at : at + 1] = parts
+
+    def _gather(self, buffer: Tensor) -> None:
+        """Put one page on the device in the place of all."""
+        whole = Page(0, self._numel, buffer, is_resident=True)
+        for page in self._pages:
+            self._copy(page, whole, self.pool.fetch)
+        self.pool.finish()
+        self._pages = [whole]
+
+    def _copy(self, source: Page, target: Page, copy: Copy) -> None:
+        """Copy what two pages share, field by field."""
+        bounds = max(source.start, target.start), min(source.stop, target.stop)
+        parts = source.part(self.fields, *bounds), target.part(self.fields, *bounds)
         for field in self.fields:
-            end = at + field.nbytes(page.stop - page.start)
-            views[field.name] = buffer[at:end].view(field.dtype)
-            at = end
-        return views
+            copy(parts[0][field.name], parts[1][field.name])
+
+    def _parts(self, name: str, start: int, stop: int) -> list[Tensor]:
+        return [
+            page.part(self.fields, start, stop)[name]
+            for page in self._pages
+            if page.start < stop and start < page.stop
+        ]
 
     def _slots(self) -> list[Tensor]:
-        """Return room on the device for two pages, or for one; pages leave where none fits."""
-        away = [page.buffer.nbytes for page in self._pages[self._done :] if not page.is_resident]
+        """Return room on the device for pages on their way; pages leave where there is none."""
+        slots = self._free_slots()
+        if slots or not (away := self._away()):
+            return slots
+        size = max(page.buffer.nbytes for page in away)
+        self.evict(SLOTS * size)
+        return self._free_slots() or [self.pool.on_device(size)]
+
+    def _free_slots(self) -> list[Tensor]:
+        away = [page.buffer.nbytes for page in self._away()]
         slots: list[Tensor] = []
-        while len(slots) < min(_SLOTS, len(away)):
+        while len(slots) < min(SLOTS, len(away)):
             slot = self._try_device(max(away))
-            if slot is not None:
-                slots.append(slot)
-            elif slots:
+            if slot is None:
                 break
-            elif not self.evict(_SLOTS * max(away)):
-                slots.append(self.pool.on_device(max(away)))
+            slots.append(slot)
         return slots
+
+    def _take_off(self, slots: list[Tensor]) -> _Flight:
+        flight = _Flight(slots, deque(self._away()), deque())
+        for slot in slots:
+            self._fetch(flight, slot)
+        return flight
+
+    def _fetch(self, flight: _Flight, slot: Tensor) -> None:
+        if flight.waiting:
+            self.pool.fetch(flight.waiting.popleft().buffer, slot)
+            flight.arriving.append(slot)
 
     def _try_device(self, nbytes: int) -> Tensor | None:
         try:

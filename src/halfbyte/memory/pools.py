@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from halfbyte.device import available_bytes
+
 
 class CudaPool:
     """Device memory and pinned host memory, with a stream for each direction.
@@ -30,6 +32,10 @@ class CudaPool:
         except RuntimeError:  # copies then wait for the host, and are right all the same
             return torch.empty(nbytes, dtype=torch.uint8)
 
+    def free_bytes(self) -> int:
+        """Return what the driver has left, within what the process may take."""
+        return available_bytes(self.device) or 0
+
     def fetch(self, page: Tensor, slot: Tensor) -> None:
         """Queue a copy to the GPU, behind the slot's last use and behind what was stored."""
         self._in.wait_stream(torch.cuda.current_stream(self.device))
@@ -53,6 +59,7 @@ class CudaPool:
         current = torch.cuda.current_stream(self.device)
         current.wait_stream(self._in)
         current.wait_stream(self._out)
+        self._events.clear()
 
     def synchronize(self) -> None:
         """Wait for both directions."""
@@ -70,6 +77,10 @@ class CpuPool:
         return torch.empty(nbytes, dtype=torch.uint8)
 
     on_host = on_device
+
+    def free_bytes(self) -> int:
+        """Return 0: there is no room to move into."""
+        return 0
 
     def fetch(self, page: Tensor, slot: Tensor) -> None:
         """Copy at once."""

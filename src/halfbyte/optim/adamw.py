@@ -9,14 +9,15 @@ Weight decay applies to matrices and not to biases and norms, as in transformers
 """
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
 
 from halfbyte.errors import CheckpointError, ConfigError
 from halfbyte.kernels.adamw import adamw8bit_step_, adamw_step_
-from halfbyte.memory.pager import UNPAGED, Field, Pager, Paging
+from halfbyte.memory.pager import Pager
+from halfbyte.memory.pages import Field, Paging, Placement
 from halfbyte.memory.pools import pool_for
 from halfbyte.optim.flat import ALIGNMENT, FlatParameters
 
@@ -34,11 +35,13 @@ _FIELDS = {
 class _Moments:
     """Both moments of one device's parameters, flat, in 32 or 8 bits, in one page or many."""
 
-    def __init__(self, flat: FlatParameters, state_bits: int, paging: Paging) -> None:
+    def __init__(
+        self, flat: FlatParameters, state_bits: int, placement: Placement, paging: Paging
+    ) -> None:
         self.flat = flat
         self.state_bits = state_bits
-        size, device = flat.values.numel(), flat.values.device
-        self.pager = Pager(size, _FIELDS[state_bits], paging.pool or pool_for(device), paging)
+        size, pool = flat.values.numel(), paging.pool or pool_for(flat.values.device)
+        self.pager = Pager(size, _FIELDS[state_bits], pool, placement, paging)
 
     def update(self, weight_decay: float, **hyper: Any) -> None:
         """Update every parameter; after a failure, those that were not updated yet."""
@@ -97,10 +100,12 @@ class AdamW:
         eps: Added to the root of the second moment.
         weight_decay: Decoupled decay of matrices.
         state_bits: 32, or 8 for block-wise quantized moments.
-        paged: Whether the state may leave the device when memory is short; or how it is paged.
+        placement: Where the state is: "device" always; "auto": in pinned host memory while the
+            device has no room for it; "host": on the device only while it is updated.
+        paging: How state that may leave is cut into pages.
 
     Raises:
-        ConfigError: nothing to train, or `state_bits` is neither 32 nor 8.
+        ConfigError: nothing to train, `state_bits` is neither 32 nor 8, or there is no such place.
     """
 
     def __init__(
@@ -112,10 +117,12 @@ class AdamW:
         eps: float = 1e-8,
         weight_decay: float = 0.0,
         state_bits: int = 32,
-        paged: bool | Paging = False,
+        placement: Placement = "device",
+        paging: Paging | None = None,
     ) -> None:
         if state_bits not in (32, 8):
             raise ConfigError(f"expected state_bits 32 or 8, got {state_bits}")
+        _require_place(placement)
         by_device: dict[torch.device, list[tuple[str, nn.Parameter]]] = {}
         for position, item in enumerate(params):
             name, parameter = item if isinstance(item, tuple) else (str(position), item)
@@ -127,11 +134,11 @@ class AdamW:
                 hint="add adapters first: model = halfbyte.add_lora(model, LoraConfig(...))",
             )
         self.lr, self.betas, self.eps, self.weight_decay = lr, betas, eps, weight_decay
-        self.state_bits, self.paged = state_bits, bool(paged)
+        self.state_bits, self.placement = state_bits, placement
         self.steps_done = 0
-        paging = Paging() if paged is True else paged or UNPAGED
         self._moments = [
-            _Moments(FlatParameters(named), state_bits, paging) for named in by_device.values()
+            _Moments(FlatParameters(named), state_bits, placement, paging or Paging())
+            for named in by_device.values()
         ]
         # Where a step that failed in between goes on.
         self._is_updating, self._moments_done = False, 0
@@ -143,8 +150,9 @@ class AdamW:
         return sum(slot.numel for moments in self._moments for slot in moments.flat.slots)
 
     def zero_grad(self) -> None:
-        """Set every gradient to zero."""
+        """Set every gradient to zero; what `prefetch` began is forgotten."""
         for moments in self._moments:
+            moments.pager.land()
             moments.flat.zero_gradients()
 
     def release(self) -> None:
@@ -180,6 +188,29 @@ class AdamW:
             moments.flat.publish_masters()
             self._moments_done += 1
         self._moments_done, self._is_updating = 0, False
+        for moments in self._moments:
+            moments.pager.settle()
+
+    def prefetch(self) -> None:
+        """Let state that is on the host begin to come to the device, for the `step` to come.
+
+        To be called once the last backward is queued: memory is free then, and the copies run
+        while the norm is computed and looked at.
+        """
+        for moments in self._moments:
+            moments.pager.prefetch()
+
+    def place(self, placement: Placement) -> None:
+        """Change where the state is, see the class; it moves at once where it must.
+
+        Raises:
+            ConfigError: there is no such place.
+            torch.OutOfMemoryError: "device", and there is no room; it is as with "auto" then.
+        """
+        _require_place(placement)
+        for moments in self._moments:
+            moments.pager.place(placement)
+        self.placement = placement
 
     @property
     def resident_bytes(self) -> int:
@@ -195,10 +226,8 @@ class AdamW:
         """Page state out until `nbytes` of each device are free (None: all of it).
 
         Returns:
-            Bytes that became free; 0 where the state is not paged or has left already.
+            Bytes that became free; 0 where the state may not leave or has left already.
         """
-        if not self.paged:
-            return 0
         return sum(
             moments.pager.evict(moments.pager.resident_bytes if nbytes is None else nbytes)
             for moments in self._moments
@@ -243,3 +272,9 @@ class AdamW:
         for moments in self._moments:
             moments.load(state)
             moments.flat.publish_masters()
+
+
+def _require_place(placement: str) -> None:
+    places = get_args(Placement)
+    if placement not in places:
+        raise ConfigError(f"expected a placement of {', '.join(places)}, got {placement!r}")

@@ -6,7 +6,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from halfbyte.memory.pager import PAGE_BYTES
+from halfbyte.memory.pager import SLOTS
+from halfbyte.memory.pages import PAGE_BYTES
 from halfbyte.optim.flat import ALIGNMENT
 from halfbyte.quant.linear import NF4Linear
 
@@ -58,8 +59,8 @@ def optimizer_bytes(elements: int, state_bits: int) -> int:
 
 
 def slot_bytes(elements: int, state_bits: int) -> int:
-    """Return what two pages on their way take on the device during the update."""
-    return min(2 * PAGE_BYTES, optimizer_bytes(elements, state_bits))
+    """Return what pages on their way take on the device during the update."""
+    return min(SLOTS * PAGE_BYTES, optimizer_bytes(elements, state_bits))
 
 
 def library_bytes(device_type: str) -> int:

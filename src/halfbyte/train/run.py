@@ -123,7 +123,7 @@ def assemble(
     total_steps = config.total_steps(len(plan))
     if config.gradient_checkpointing:
         checkpoint_activations(model, config.gradient_checkpointing_kwargs)
-    state_bits, paged = OPTIMIZERS[config.optim]
+    state_bits, is_paged = OPTIMIZERS[config.optim]
     steps = Survivor(
         LanguageModel.of(model, memory="lean" if config.gradient_checkpointing else config.memory),
         AdamW(
@@ -133,7 +133,7 @@ def assemble(
             eps=config.adam_epsilon,
             weight_decay=config.weight_decay,
             state_bits=state_bits,
-            paged=paged,
+            placement="auto" if is_paged else "device",
         ),
         tell=lambda event: run.tell(event),
         explain=lambda shortage: explain(shortage, model, config, plan),
