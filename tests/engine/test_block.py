@@ -2,8 +2,16 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from halfbyte.engine.block import BlockShape, IntoAttention, Keep, OutOfAttention, OutWeights
+from halfbyte.engine.block import (
+    BlockShape,
+    IntoAttention,
+    IntoWeights,
+    Keep,
+    OutOfAttention,
+    OutWeights,
+)
 from halfbyte.engine.projections import Projection, Siblings
+from halfbyte.kernels.rms_norm import Norm
 
 H, INNER, D = 16, 24, 8
 
@@ -18,8 +26,14 @@ def _plain(p, x):
     return x @ p.weight.t() + p.scaling * (x @ p.lora_A.t()) @ p.lora_B.t()
 
 
-def _norm(x, weight):
-    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6) * weight
+def _plain_norm(x, norm):
+    if norm is None:
+        return x
+    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + norm.eps) * norm.weight
+
+
+def _norm(*shape):
+    return Norm(1 + 0.1 * torch.randn(shape, dtype=torch.float64), 1e-6)
 
 
 def _close(actual, expected):
@@ -27,23 +41,25 @@ def _close(actual, expected):
         torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-8)
 
 
-def test_into_attention_equals_autograd():
+@pytest.mark.parametrize("has_head_norms", [False, True])
+def test_into_attention_equals_autograd(has_head_norms):
     torch.manual_seed(0)
     group = Siblings((_projection(2 * D, H), _projection(D, H), _projection(D, H)))
-    shape = BlockShape(2, 1, D, INNER, "silu", 1e-6, 1e-6)
+    weights = IntoWeights(group, _norm(H), _norm(3, D) if has_head_norms else None)
+    shape = BlockShape(2, 1, D, INNER, "silu")
     x = torch.randn(5, H, dtype=torch.float64, requires_grad=True)
-    weight = 1 + 0.1 * torch.randn(H, dtype=torch.float64)
     angle = torch.rand(5, D // 2, dtype=torch.float64).repeat(1, 2)
     cos, sin = angle.cos(), angle.sin()
-    outputs = IntoAttention.apply(x, group, shape, weight, cos, sin, None, *group.adapters)
+    outputs = IntoAttention.apply(x, weights, shape, cos, sin, None, *group.adapters)
 
     def turn(t):
         half = torch.cat((-t[..., D // 2 :], t[..., : D // 2]), -1)
         return t * cos[:, None] + half * sin[:, None]
 
-    normed = _norm(x, weight)
+    normed = _plain_norm(x, weights.norm)
     query, key, value = (_plain(p, normed).view(5, -1, D) for p in group.projections)
-    expected = (x, turn(query), turn(key), value)
+    rotated = turn(_plain_norm(torch.cat((query, key), 1), weights.head_norm))
+    expected = (x, rotated[:, :2], rotated[:, 2:], value)
     _close(outputs, expected)
     grads = [torch.randn_like(t) for t in expected]
     inputs = [x, *group.adapters]
@@ -54,23 +70,29 @@ def test_into_attention_equals_autograd():
 
 @pytest.mark.parametrize("everything", [True, False])
 @pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
-def test_out_of_attention_equals_autograd(activation, everything):
+@pytest.mark.parametrize("is_one", [False, True])
+def test_out_of_attention_equals_autograd(is_one, activation, everything):
+    """With gate and up as two projections, or as one and with norms of both branches."""
     torch.manual_seed(0)
+    both = (2 * INNER,) if is_one else (INNER, INNER)
     weights = OutWeights(
         Siblings((_projection(H, 2 * D),)),
-        Siblings((_projection(INNER, H), _projection(INNER, H))),
+        Siblings(tuple(_projection(outputs, H) for outputs in both)),
         Siblings((_projection(H, INNER),)),
+        _norm(H),
+        *((_norm(H), _norm(H)) if is_one else ()),
     )
-    shape = BlockShape(2, 1, D, INNER, activation, 1e-6, 1e-6)
+    shape = BlockShape(2, 1, D, INNER, activation)
     attention = torch.randn(5, 2 * D, dtype=torch.float64, requires_grad=True)
     x = torch.randn(5, H, dtype=torch.float64, requires_grad=True)
-    norm = 1 + 0.1 * torch.randn(H, dtype=torch.float64)
     keep = Keep(everything=everything)
-    y = OutOfAttention.apply(attention, x, weights, shape, norm, keep, None, *weights.adapters)
-    mid = x + _plain(weights.o.projections[0], attention)
-    gate, up = (_plain(p, _norm(mid, norm)) for p in weights.gate_up.projections)
+    y = OutOfAttention.apply(attention, x, weights, shape, keep, None, *weights.adapters)
+    mid = x + _plain_norm(_plain(weights.o.projections[0], attention), weights.after_o)
+    normed = _plain_norm(mid, weights.norm)
+    gate, up = torch.cat([_plain(p, normed) for p in weights.gate_up.projections], 1).chunk(2, 1)
     act = F.silu(gate) if activation == "silu" else F.gelu(gate, approximate="tanh")
-    expected = mid + _plain(weights.down.projections[0], act * up)
+    down = _plain(weights.down.projections[0], act * up)
+    expected = mid + _plain_norm(down, weights.after_down)
     _close([y], [expected])
     grad = torch.randn_like(y)
     inputs = [attention, x, *weights.adapters]

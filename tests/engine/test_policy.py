@@ -1,7 +1,7 @@
 from halfbyte.engine.block import BlockShape
 from halfbyte.engine.policy import LayerBytes, choose, plan
 
-SHAPE = BlockShape(32, 8, 128, 14336, "silu", 1e-5, 1e-5)
+SHAPE = BlockShape(32, 8, 128, 14336, "silu")
 
 
 def test_bytes_of_llama_8b_for_one_token():

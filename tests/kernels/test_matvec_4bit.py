@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from halfbyte.kernels.matvec_4bit import Gate, Group, Norm, matvec_4bit
+from halfbyte.kernels.matvec_4bit import Gate, Group, matvec_4bit
+from halfbyte.kernels.rms_norm import Norm
 from halfbyte.quant.weight import QuantizedWeight
 
 # Outputs of the siblings, K, rank, what stands before: odd rows; a part of a step, one and a part.

@@ -53,38 +53,66 @@ def backends() -> AbstractContextManager[None]:
     return sdpa_kernel(_DENSE, set_priority=True)
 
 
-def attention(query: Tensor, key: Tensor, value: Tensor, layout: Layout, scale: float) -> Tensor:
+def has_windows() -> bool:
+    """Whether every backend here has sliding windows; that for packed batches is PyTorch's."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    return "window_size" in inspect.signature(varlen_attn).parameters
+
+
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    layout: Layout,
+    scale: float,
+    window: int | None = None,
+) -> Tensor:
     """Return causal attention within each sequence.
 
     Args:
         query: `[T, N, D]`; key, value: `[T, M, D]`, N a multiple of M.
         layout: Which tokens belong together.
         scale: What the scores are multiplied with.
+        window: How many tokens a token sees, itself one of them; None: all before it.
 
     Returns:
         `[T, N * D]`.
     """
-    if layout.cu_seqlens is not None and layout.cu_seqlens.numel() > 2:
-        out = _packed(query, key, value, layout, scale)
+    if window is not None and window >= (layout.max_length or layout.length):
+        window = None
+    is_packed = layout.cu_seqlens is not None and layout.cu_seqlens.numel() > 2
+    if is_packed or (window is not None and query.is_cuda):
+        out = _packed(query, key, value, layout, scale, window)
         return out.reshape(query.shape[0], -1)
     shape = (layout.batch, layout.length)
     q, k, v = (x.view(*shape, *x.shape[1:]).transpose(1, 2) for x in (query, key, value))
-    out = causal_attention(q, k, v, scale=scale)
+    out = causal_attention(q, k, v, scale=scale, window=window)
     return out.transpose(1, 2).reshape(query.shape[0], -1)
 
 
-def _packed(query: Tensor, key: Tensor, value: Tensor, layout: Layout, scale: float) -> Tensor:
-    bounds = layout.cu_seqlens
-    assert bounds is not None
+def _packed(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    layout: Layout,
+    scale: float,
+    window: int | None,
+) -> Tensor:
+    bounds, longest = layout.cu_seqlens, layout.max_length
+    if bounds is None:
+        steps = torch.arange(layout.batch + 1, dtype=torch.int32, device=query.device)
+        bounds, longest = steps * layout.length, layout.length
     if query.is_cuda:
-        return _varlen()(query, key, value, bounds, layout.max_length, scale)
+        left = -1 if window is None else window - 1
+        return _varlen()(query, key, value, bounds, longest, scale, left)
     # The reference: one dense attention a document.
     edges = bounds.tolist()
     parts = []
     for start, end in itertools.pairwise(edges):
         if end > start:
-            one = Layout(1, end - start)
-            part = attention(query[start:end], key[start:end], value[start:end], one, scale)
+            one, rows = Layout(1, end - start), slice(start, end)
+            part = attention(query[rows], key[rows], value[rows], one, scale, window)
             parts.append(part.view(end - start, *query.shape[1:]))
     return torch.cat(parts)
 
@@ -97,10 +125,18 @@ def _varlen() -> Callable[..., Tensor]:
     names = inspect.signature(varlen_attn).parameters
 
     def call(
-        query: Tensor, key: Tensor, value: Tensor, bounds: Tensor, longest: int, scale: float
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        bounds: Tensor,
+        longest: int,
+        scale: float,
+        left: int,
     ) -> Tensor:
-        options: dict[str, Any] = {"scale": scale}
-        options.update({"window_size": (-1, 0)} if "window_size" in names else {"is_causal": True})
+        # Without `window_size` there is no window either: `has_windows` says so before.
+        is_new = "window_size" in names
+        options: dict[str, Any] = {"window_size": (left, 0)} if is_new else {"is_causal": True}
+        options["scale"] = scale
         if query.shape[1] != key.shape[1] and "enable_gqa" in names:
             options["enable_gqa"] = True
         out = varlen_attn(query, key, value, bounds, bounds, longest, longest, **options)

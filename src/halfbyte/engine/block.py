@@ -3,6 +3,9 @@
     into attention   x ─ norm ─ q, k, v with LoRA ─ RoPE ─► q, k, v          (and x itself)
     out of attention attention, x ─ o with LoRA ─ add ─ norm ─ gate, up ─ gated ─ down ─ add ─► y
 
+Some families norm each head of q and k before RoPE, and some norm what o and down give before it is
+added; then what was normed is saved too.
+
 Shape letters: T tokens (batch and sequence flattened), H hidden size, I intermediate size.
 
 What is saved for the backward is chosen, not left to autograd: never a dequantized weight, never
@@ -12,6 +15,7 @@ product is needed by nobody and is never computed again.
 """
 
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +25,8 @@ from torch import Tensor
 from halfbyte.engine.projections import Siblings, pairs
 from halfbyte.kernels.border import with_border
 from halfbyte.kernels.gated import gated_backward_, gated_forward
-from halfbyte.kernels.rms_norm import add_rms_norm, rms_norm_backward
+from halfbyte.kernels.head_norm import head_norm, head_norm_backward_
+from halfbyte.kernels.rms_norm import Norm, add_rms_norm
 from halfbyte.kernels.rope import rope_, rope_backward
 
 
@@ -35,8 +40,8 @@ class BlockShape:
         head_dim: Elements of a head.
         intermediate_size: I.
         activation: "silu" or "gelu_tanh".
-        input_eps: Epsilon of the norm before attention.
-        post_eps: Epsilon of the norm before the MLP.
+        has_head_norms: Whether each head of q and k is normed.
+        has_branch_norms: Whether what o and down give is normed.
     """
 
     num_heads: int
@@ -44,8 +49,8 @@ class BlockShape:
     head_dim: int
     intermediate_size: int
     activation: str
-    input_eps: float
-    post_eps: float
+    has_head_norms: bool = False
+    has_branch_norms: bool = False
 
 
 @dataclass
@@ -56,19 +61,45 @@ class Keep:
         everything: Save the products of o, gate and up; else compute them again.
         is_again: The forward runs only for what it saves (under torch's checkpointing), so its
             last product is left out.
+        tile: Tokens at a time where they are too many to run at once (see `tiled`); 0: all.
     """
 
     everything: bool = True
     is_again: bool = False
+    tile: int = 0
+
+
+@dataclass(frozen=True)
+class IntoWeights:
+    """The weights of the first half of a block.
+
+    Args:
+        qkv: The projections; one of all three where the model has it so.
+        norm: Of x.
+        head_norm: Of the heads of q and k, weight `[query heads + key heads, D]`, or None.
+    """
+
+    qkv: Siblings
+    norm: Norm
+    head_norm: Norm | None = None
 
 
 @dataclass(frozen=True)
 class OutWeights:
-    """The weights of the second half of a block."""
+    """The weights of the second half of a block.
+
+    Args:
+        o, gate_up, down: The projections.
+        norm: Of the residual before gate and up.
+        after_o, after_down: Of what o and down give, before it is added; None adds it as it is.
+    """
 
     o: Siblings
     gate_up: Siblings
     down: Siblings
+    norm: Norm
+    after_o: Norm | None = None
+    after_down: Norm | None = None
 
     @functools.cached_property
     def adapters(self) -> tuple[Tensor, ...]:
@@ -83,49 +114,43 @@ class IntoAttention(torch.autograd.Function):
     def forward(
         ctx: Any,
         x: Tensor,
-        qkv: Siblings,
+        weights: IntoWeights,
         shape: BlockShape,
-        norm_weight: Tensor,
         cos: Tensor,
         sin: Tensor,
         seed: Tensor | None,
         *adapters: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Return x `[T, H]` again, q `[T, heads, D]`, k and v `[T, key-value heads, D]`."""
-        _, normed = add_rms_norm(x, None, norm_weight, shape.input_eps, columns=qkv.rank)
+        qkv = weights.qkv
+        normed = weights.norm(x, columns=qkv.rank)
         wide = qkv.wide(x)
         xa = qkv.down_(normed, wide, seed)
         out = qkv.forward(normed, wide, x.new_empty(x.shape[0], qkv.outputs))
-        heads = out.view(x.shape[0], -1, shape.head_dim)
-        num_rotated = shape.num_heads + shape.num_key_value_heads
-        rope_(heads, cos, sin, num_rotated)
-        ctx.qkv, ctx.shape = qkv, shape
-        ctx.save_for_backward(x, xa, norm_weight, cos, sin, seed)
-        query = heads[:, : shape.num_heads]
-        key = heads[:, shape.num_heads : num_rotated]
-        return x.view_as(x), query, key, heads[:, num_rotated:]
+        before, query, key, value = split_heads(out, weights.head_norm, shape, cos, sin)
+        ctx.weights = weights
+        ctx.save_for_backward(x, xa, before, cos, sin, seed)
+        return x.view_as(x), query, key, value
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         """Return the gradients of x and of the adapters."""
-        grad_x, grad_query, grad_key, grad_value = grads
-        x, xa, norm_weight, cos, sin, seed = ctx.saved_tensors
-        qkv, shape = ctx.qkv, ctx.shape
+        grad_x, *grad_heads = grads
+        x, xa, before, cos, sin, seed = ctx.saved_tensors
+        weights, qkv = ctx.weights, ctx.weights.qkv
         grad_wide = x.new_empty(x.shape[0], qkv.outputs + qkv.rank)
-        rope_backward(grad_query, grad_key, grad_value, cos, sin, grad_wide)
+        join_heads(grad_heads, before, weights.head_norm, cos, sin, grad_wide)
         wide = qkv.wide_again(x)
         qkv.up_(grad_wide, wide)
-        _, normed = add_rms_norm(x, None, norm_weight, shape.input_eps)
+        normed = weights.norm(x)
         adapters = pairs(qkv.grad_A(grad_wide, normed, seed), qkv.grad_B(grad_wide, xa))
         del normed
         if not ctx.needs_input_grad[0]:  # below the first layer is only the frozen embedding
-            return *[None] * 7, *adapters
+            return *[None] * 6, *adapters
         grad_normed = qkv.backward_input(grad_wide, wide, seed)
         del wide, grad_wide
-        grad_x = rms_norm_backward(
-            grad_normed, x, norm_weight, shape.input_eps, grad_x, columns=qkv.rank
-        )
-        return grad_x[:, : x.shape[1]], *[None] * 6, *adapters
+        grad_x = weights.norm.backward(grad_normed, x, grad_x, columns=qkv.rank)
+        return grad_x[:, : x.shape[1]], *[None] * 5, *adapters
 
 
 class OutOfAttention(torch.autograd.Function):
@@ -138,13 +163,12 @@ class OutOfAttention(torch.autograd.Function):
         x: Tensor,
         weights: OutWeights,
         shape: BlockShape,
-        norm_weight: Tensor,
         keep: Keep,
         seed: Tensor | None,
         *adapters: Tensor,
     ) -> Tensor:
         """Return y `[T, H]` from attention `[T, heads * D]` and x `[T, H]`."""
-        mid, o_xa, normed = _middle(attention, x, weights, shape, norm_weight, seed)
+        mid, o_xa, o_out, normed = _middle(attention, x, weights, seed)
         gate_up, gate_up_xa = _gate_up(normed, weights.gate_up, seed)
         del normed
         down = weights.down
@@ -153,13 +177,16 @@ class OutOfAttention(torch.autograd.Function):
         )
         wide = down.wide(x)
         down_xa = down.down_(hidden, wide, seed)
-        y = x.new_empty(x.shape)
-        if not keep.is_again:
+        y, down_out = x.new_empty(x.shape), None
+        if weights.after_down is not None:
+            down_out = down.forward(hidden, wide, x.new_empty(x.shape))
+            torch.add(mid, weights.after_down(down_out), out=y)
+        elif not keep.is_again:
             down.forward(hidden, wide, y)
             y += mid
         ctx.weights, ctx.shape, ctx.everything = weights, shape, keep.everything
-        kept = (mid, o_xa, gate_up, gate_up_xa) if keep.everything else (x,)
-        ctx.save_for_backward(attention, norm_weight, down_xa, seed, *kept)
+        kept = (mid, o_xa, o_out, gate_up, gate_up_xa) if keep.everything else (x,)
+        ctx.save_for_backward(attention, down_xa, down_out, seed, *kept)
         return y
 
     @staticmethod
@@ -167,52 +194,108 @@ class OutOfAttention(torch.autograd.Function):
         """Return the gradients of attention, x and the adapters."""
         grad_y = grads[0]
         weights, shape = ctx.weights, ctx.shape
-        attention, norm_weight, down_xa, seed, *kept = ctx.saved_tensors
+        attention, down_xa, down_out, seed, *kept = ctx.saved_tensors
         if ctx.everything:
-            mid, o_xa, gate_up, gate_up_xa = kept
+            mid, o_xa, o_out, gate_up, gate_up_xa = kept
         else:
-            mid, o_xa, normed = _middle(attention, kept[0], weights, shape, norm_weight, seed)
+            mid, o_xa, o_out, normed = _middle(attention, kept[0], weights, seed)
             gate_up, gate_up_xa = _gate_up(normed, weights.gate_up, seed)
             del normed
+        grad_down = backward_branch(grad_y, down_out, weights.after_down, weights.down.rank)
         grads_B, grads_down = _backward_gated(
-            grad_y, down_xa, gate_up, gate_up_xa, weights, shape, seed
+            grad_down, down_xa, gate_up, gate_up_xa, weights, shape, seed
         )
+        del grad_down
         group, grad_gate_up = weights.gate_up, gate_up
         wide = group.wide_again(grad_y)
         group.up_(grad_gate_up, wide)
         grad_normed = group.backward_input(grad_gate_up, wide, seed)
-        _, normed = add_rms_norm(mid, None, norm_weight, shape.post_eps)
+        normed = weights.norm(mid)
         grads_group = pairs(group.grad_A(grad_gate_up, normed, seed), grads_B)
         del normed, grad_gate_up, gate_up, wide
         o, size = weights.o, mid.shape[1]
-        grad_wide = rms_norm_backward(
-            grad_normed, mid, norm_weight, shape.post_eps, grad_y, columns=o.rank
-        )
+        grad_mid = weights.norm.backward(grad_normed, mid, grad_y, columns=o.rank)
         del grad_normed
+        grad_wide = backward_branch(grad_mid[:, :size], o_out, weights.after_o, o.rank)
         wide = o.wide_again(grad_y)
         o.up_(grad_wide, wide)
         grad_attention = o.backward_input(grad_wide, wide, seed)
         grads_o = pairs(o.grad_A(grad_wide, attention, seed), o.grad_B(grad_wide[:, :size], o_xa))
         adapters = (*grads_o, *grads_group, *grads_down)
-        return grad_attention, grad_wide[:, :size], *[None] * 5, *adapters
+        return grad_attention, grad_mid[:, :size], *[None] * 4, *adapters
+
+
+def split_heads(
+    qkv: Tensor, norm: Norm | None, shape: BlockShape, cos: Tensor, sin: Tensor
+) -> tuple[Tensor | None, Tensor, Tensor, Tensor]:
+    """Return q, k and v, normed and rotated, and before them what was normed, if anything was.
+
+    Args:
+        qkv: `[T, (heads + 2 * key-value heads) * D]`; it is rotated in place where nothing is
+            normed.
+        norm: Of the heads of q and k.
+        shape: Of the block.
+        cos: `[T, R]`; sin: `[T, R]`.
+    """
+    heads = qkv.view(qkv.shape[0], -1, shape.head_dim)
+    num_rotated = shape.num_heads + shape.num_key_value_heads
+    rotated, value = heads[:, :num_rotated], heads[:, num_rotated:]
+    before = None
+    if norm is not None:
+        before, rotated = rotated, head_norm(rotated, norm.weight, norm.eps)
+    rope_(rotated, cos, sin, num_rotated)
+    return before, rotated[:, : shape.num_heads], rotated[:, shape.num_heads :], value
+
+
+def join_heads(
+    grads: Sequence[Tensor],
+    before: Tensor | None,
+    norm: Norm | None,
+    cos: Tensor,
+    sin: Tensor,
+    out: Tensor,
+) -> None:
+    """Write the gradient of `split_heads`' argument into the first columns of `out`.
+
+    Args:
+        grads: Of q, k and v.
+        before: What `split_heads` returned first.
+        norm, cos, sin: As given to it.
+        out: `[T, >= (heads + 2 * key-value heads) * D]`.
+    """
+    grad_query, grad_key, grad_value = grads
+    rope_backward(grad_query, grad_key, grad_value, cos, sin, out)
+    if before is not None and norm is not None:
+        rotated = out[:, : before[0].numel()].unflatten(1, before.shape[1:])
+        head_norm_backward_(rotated, before, norm.weight, norm.eps)
 
 
 def _middle(
     attention: Tensor,
     x: Tensor,
     weights: OutWeights,
-    shape: BlockShape,
-    norm_weight: Tensor,
     seed: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the residual after attention, o's `x A^T`, and the residual normed (with a border)."""
-    o = weights.o
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+    """Return the residual after attention, and what the backward or the MLP needs beside it.
+
+    That is o's `x A^T`, what o gave where it is normed, and the residual normed (with a border).
+    """
+    o, norm, o_out = weights.o, weights.norm, None
     wide = o.wide(x)
     attention_wide = with_border(attention, o.rank)
     o_xa = o.down_(attention_wide, wide, seed)
     delta = o.forward(attention_wide, wide, x.new_empty(x.shape))
-    mid, normed = add_rms_norm(x, delta, norm_weight, shape.post_eps, columns=weights.gate_up.rank)
-    return mid, o_xa, normed
+    if weights.after_o is not None:
+        o_out, delta = delta, weights.after_o(delta)
+    mid, normed = add_rms_norm(x, delta, norm.weight, norm.eps, columns=weights.gate_up.rank)
+    return mid, o_xa, o_out, normed
+
+
+def backward_branch(grad: Tensor, out: Tensor | None, norm: Norm | None, rank: int) -> Tensor:
+    """Return the gradient of what a branch gave, `out`, with a border, from that of its sum."""
+    if out is None or norm is None:
+        return with_border(grad, rank)
+    return norm.backward(grad, out, columns=rank)
 
 
 def _gate_up(normed: Tensor, group: Siblings, seed: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -225,7 +308,7 @@ def _gate_up(normed: Tensor, group: Siblings, seed: Tensor | None) -> tuple[Tens
 
 
 def _backward_gated(
-    grad_y: Tensor,
+    grad_wide: Tensor,
     down_xa: Tensor,
     gate_up: Tensor,
     gate_up_xa: Tensor,
@@ -235,8 +318,7 @@ def _backward_gated(
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Turn `gate_up` into its gradient; return that of B of gate and up, and down's adapter's."""
     down, group = weights.down, weights.gate_up
-    grad_wide = with_border(grad_y, down.rank)
-    wide = down.wide_again(grad_y)
+    wide = down.wide_again(grad_wide)
     down.up_(grad_wide, wide)
     grad_hidden = down.backward_input(grad_wide, wide, seed)
     grad_B = down.grad_B(grad_wide[:, : down.outputs], down_xa)
@@ -245,7 +327,15 @@ def _backward_gated(
         shape.intermediate_size, shape.activation,
         down.mask(seed),
     )  # fmt: skip
+    grads_B = _grads_of_both(group, gate_B, up_B)
+    return grads_B, pairs(down.split_ranks(down_A), grad_B)
+
+
+def _grads_of_both(group: Siblings, gate_B: Tensor, up_B: Tensor) -> list[Tensor]:
+    """Return the gradient of each B, from those of gate's and of up's outputs, `[I, R]` each."""
+    if len(group.projections) == 1:  # whose outputs are gate, then up
+        rank = group.projections[0].rank
+        return [torch.cat((gate_B, up_B))[:, :rank]] if rank else []
     gate, up = group.projections
     both = ((gate_B[:, : gate.rank], gate), (up_B[:, gate.rank : gate.rank + up.rank], up))
-    grads_B = [grad for grad, projection in both if projection.rank]
-    return grads_B, pairs(down.split_ranks(down_A), grad_B)
+    return [grad for grad, projection in both if projection.rank]

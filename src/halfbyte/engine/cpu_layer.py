@@ -15,13 +15,20 @@ import torch
 from torch import Tensor
 
 from halfbyte.engine.attention import Layout, attention
-from halfbyte.engine.block import BlockShape, Keep
+from halfbyte.engine.block import (
+    BlockShape,
+    IntoWeights,
+    Keep,
+    OutWeights,
+    backward_branch,
+    join_heads,
+    split_heads,
+)
 from halfbyte.engine.layer import FusedLayer
 from halfbyte.engine.projections import Projection, Siblings, pairs
 from halfbyte.kernels.dropout import add_masked_product_
 from halfbyte.kernels.gated import gated_backward_, gated_forward
-from halfbyte.kernels.rms_norm import add_rms_norm, rms_norm_backward
-from halfbyte.kernels.rope import rope_, rope_backward
+from halfbyte.kernels.rms_norm import add_rms_norm
 from halfbyte.kernels.wide import assemble_
 
 
@@ -122,8 +129,7 @@ class CpuLayer(FusedLayer):
 
     def __init__(self, layer: Any, config: Any, index: int) -> None:
         super().__init__(layer, config, index)
-        out = self.out
-        self.products = Groups(*map(Group, (self.qkv, out.o, out.gate_up, out.down)))
+        self.products = Groups(*map(Group, self.all_siblings))
 
     def _forward(
         self,
@@ -134,14 +140,12 @@ class CpuLayer(FusedLayer):
         keep: Keep,
         seed: Tensor | None,
     ) -> Tensor:
-        shape, groups = self.shape, self.products
+        groups, into, out = self.products, self.into, self.out
         x, query, key, value = _IntoAttention.apply(
-            x, groups.qkv, shape, self.input_norm, cos, sin, seed, *self.qkv.adapters
+            x, groups.qkv, into, self.shape, cos, sin, seed, *into.qkv.adapters
         )
-        mixed = attention(query, key, value, layout, self.scale)
-        return _OutOfAttention.apply(
-            mixed, x, groups, shape, self.post_norm, keep, seed, *self.out.adapters
-        )
+        mixed = attention(query, key, value, layout, self.scale, self.window)
+        return _OutOfAttention.apply(mixed, x, groups, out, self.shape, keep, seed, *out.adapters)
 
 
 @dataclass(frozen=True)
@@ -162,38 +166,34 @@ class _IntoAttention(torch.autograd.Function):
         ctx: Any,
         x: Tensor,
         group: Group,
+        weights: IntoWeights,
         shape: BlockShape,
-        norm_weight: Tensor,
         cos: Tensor,
         sin: Tensor,
         seed: Tensor | None,
         *adapters: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        _, normed = add_rms_norm(x, None, norm_weight, shape.input_eps)
-        out, xa = group.forward(normed, seed)
-        heads = out.view(x.shape[0], -1, shape.head_dim)
-        num_rotated = shape.num_heads + shape.num_key_value_heads
-        rope_(heads, cos, sin, num_rotated)
-        ctx.group, ctx.shape = group, shape
-        ctx.save_for_backward(x, xa, norm_weight, cos, sin, seed)
-        query, key = heads[:, : shape.num_heads], heads[:, shape.num_heads : num_rotated]
-        return x.view_as(x), query, key, heads[:, num_rotated:]
+        out, xa = group.forward(weights.norm(x), seed)
+        before, query, key, value = split_heads(out, weights.head_norm, shape, cos, sin)
+        ctx.group, ctx.weights = group, weights
+        ctx.save_for_backward(x, xa, before, cos, sin, seed)
+        return x.view_as(x), query, key, value
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        grad_x, grad_query, grad_key, grad_value = grads
-        x, xa, norm_weight, cos, sin, seed = ctx.saved_tensors
-        group, eps = ctx.group, ctx.shape.input_eps
+        grad_x, *grad_heads = grads
+        x, xa, before, cos, sin, seed = ctx.saved_tensors
+        group, weights = ctx.group, ctx.weights
         grad = x.new_empty(x.shape[0], group.siblings.outputs)
-        rope_backward(grad_query, grad_key, grad_value, cos, sin, grad)
+        join_heads(grad_heads, before, weights.head_norm, cos, sin, grad)
         gb = group.up(grad)
-        _, normed = add_rms_norm(x, None, norm_weight, eps)
+        normed = weights.norm(x)
         adapters = pairs(group.grad_A(gb, normed, seed), group.grad_B(grad, xa))
         del normed
         if not ctx.needs_input_grad[0]:  # below the first layer is only the frozen embedding
             return *[None] * 7, *adapters
         grad_normed = group.backward_input(grad, gb, seed)
-        grad_x = rms_norm_backward(grad_normed, x, norm_weight, eps, grad_x)
+        grad_x = weights.norm.backward(grad_normed, x, grad_x)
         return grad_x, *[None] * 6, *adapters
 
 
@@ -206,55 +206,63 @@ class _OutOfAttention(torch.autograd.Function):
         mixed: Tensor,
         x: Tensor,
         groups: Groups,
+        weights: OutWeights,
         shape: BlockShape,
-        norm_weight: Tensor,
         keep: Keep,
         seed: Tensor | None,
         *adapters: Tensor,
     ) -> Tensor:
+        norm, o_out, down_out = weights.norm, None, None
         delta, o_xa = groups.o.forward(mixed, seed)
-        mid, normed = add_rms_norm(x, delta, norm_weight, shape.post_eps)
+        if weights.after_o is not None:
+            o_out, delta = delta, weights.after_o(delta)
+        mid, normed = add_rms_norm(x, delta, norm.weight, norm.eps)
         gate_up, gate_up_xa = groups.gate_up.forward(normed, seed)
         del delta, normed
         hidden = gated_forward(gate_up, shape.intermediate_size, shape.activation)
         down_xa = None
-        if keep.is_again:  # nobody needs down's product twice
+        if keep.is_again and weights.after_down is None:  # nobody needs down's product twice
             if groups.down.adapted:
                 read = groups.down.siblings.dropped(hidden, seed)
                 down_xa = read @ groups.down.lora_A(hidden).t()
             y = torch.empty_like(mid)
         else:
             y, down_xa = groups.down.forward(hidden, seed)
+            if weights.after_down is not None:
+                down_out, y = y, weights.after_down(y)
             y += mid
-        ctx.groups, ctx.shape = groups, shape
-        ctx.save_for_backward(mixed, norm_weight, seed, mid, o_xa, gate_up, gate_up_xa, down_xa)
+        ctx.groups, ctx.weights, ctx.shape = groups, weights, shape
+        saved = (mid, o_xa, o_out, gate_up, gate_up_xa, down_xa, down_out)
+        ctx.save_for_backward(mixed, seed, *saved)
         return y
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         grad_y = grads[0]
-        mixed, norm_weight, seed, mid, o_xa, gate_up, gate_up_xa, down_xa = ctx.saved_tensors
-        groups, shape = ctx.groups, ctx.shape
+        mixed, seed, mid, o_xa, o_out, gate_up, gate_up_xa, down_xa, down_out = ctx.saved_tensors
+        groups, weights, shape = ctx.groups, ctx.weights, ctx.shape
         size, down, group, o = shape.intermediate_size, groups.down, groups.gate_up, groups.o
 
-        gb = down.up(grad_y)
-        grad_hidden = down.backward_input(grad_y, gb, seed)
+        grad_down = backward_branch(grad_y, down_out, weights.after_down, 0)
+        gb = down.up(grad_down)
+        grad_hidden = down.backward_input(grad_down, gb, seed)
         nothing = grad_y.new_empty(grad_y.shape[0], 0)
         _, _, down_A = gated_backward_(
             gate_up, grad_hidden, nothing, nothing if gb is None else gb, size, shape.activation,
             down.siblings.mask(seed),
         )  # fmt: skip
-        grads_down = pairs([down_A] if down.adapted else [], down.grad_B(grad_y, down_xa))
-        del grad_hidden
+        grads_down = pairs([down_A] if down.adapted else [], down.grad_B(grad_down, down_xa))
+        del grad_hidden, grad_down
 
         gb, grad_gate_up = group.up(gate_up), gate_up
         grad_normed = group.backward_input(grad_gate_up, gb, seed)
-        _, normed = add_rms_norm(mid, None, norm_weight, shape.post_eps)
+        normed = weights.norm(mid)
         grads_group = pairs(group.grad_A(gb, normed, seed), group.grad_B(grad_gate_up, gate_up_xa))
-        grad_mid = rms_norm_backward(grad_normed, mid, norm_weight, shape.post_eps, grad_y)
+        grad_mid = weights.norm.backward(grad_normed, mid, grad_y)
         del normed, grad_normed, gate_up, grad_gate_up
 
-        gb = o.up(grad_mid)
-        grad_mixed = o.backward_input(grad_mid, gb, seed)
-        grads_o = pairs(o.grad_A(gb, mixed, seed), o.grad_B(grad_mid, o_xa))
+        grad_o = backward_branch(grad_mid, o_out, weights.after_o, 0)
+        gb = o.up(grad_o)
+        grad_mixed = o.backward_input(grad_o, gb, seed)
+        grads_o = pairs(o.grad_A(gb, mixed, seed), o.grad_B(grad_o, o_xa))
         return grad_mixed, grad_mid, *[None] * 5, *grads_o, *grads_group, *grads_down

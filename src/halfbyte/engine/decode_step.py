@@ -18,7 +18,8 @@ from transformers import DynamicCache
 from halfbyte.engine.layer import FusedLayer
 from halfbyte.engine.projections import Siblings
 from halfbyte.kernels.decode_attention import decode_attention_
-from halfbyte.kernels.matvec_4bit import Gate, Group, Norm, apply_before, matvec_4bit
+from halfbyte.kernels.matvec_4bit import Gate, Group, apply_before, matvec_4bit
+from halfbyte.kernels.rms_norm import Norm
 
 
 @dataclass(frozen=True)
@@ -63,12 +64,11 @@ class _Layer:
     """What a step needs of a decoder layer."""
 
     def __init__(self, layer: FusedLayer, like: Tensor) -> None:
-        shape = layer.shape
         self.scale = layer.scale
-        self.before_attention = Norm(layer.input_norm, shape.input_eps)
-        self.before_mlp = Norm(layer.post_norm, shape.post_eps)
-        self.gate = Gate(shape.activation)
-        groups = (layer.qkv, layer.out.o, layer.out.gate_up, layer.out.down)
+        self.before_attention = layer.into.norm
+        self.before_mlp = layer.out.norm
+        self.gate = Gate(layer.shape.activation)
+        groups = layer.all_siblings
         self.projections = [_Projections.of(siblings, like) for siblings in groups]
         self.qkv, self.o, self.gate_up, self.down = (p.group for p in self.projections)
 

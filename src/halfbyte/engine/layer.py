@@ -13,8 +13,19 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from halfbyte.engine.attention import Layout, attention
-from halfbyte.engine.block import BlockShape, IntoAttention, Keep, OutOfAttention, OutWeights
+from halfbyte.engine.block import (
+    BlockShape,
+    IntoAttention,
+    IntoWeights,
+    Keep,
+    OutOfAttention,
+    OutWeights,
+)
+from halfbyte.engine.families import parts_of
+from halfbyte.engine.offload import Away, Passage
 from halfbyte.engine.projections import Projection, Siblings
+from halfbyte.engine.tiled import Tiled
+from halfbyte.kernels.rms_norm import Norm
 from halfbyte.quant.linear import NF4Linear
 
 ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
@@ -32,26 +43,38 @@ class FusedLayer:
     """
 
     def __init__(self, layer: Any, config: Any, index: int) -> None:
-        attn, mlp = layer.self_attn, layer.mlp
+        parts = parts_of(layer, config)
         self.layer = layer
-        self.qkv = _siblings(4 * index, attn.q_proj, attn.k_proj, attn.v_proj)
-        self.out = OutWeights(
-            o=_siblings(4 * index + 1, attn.o_proj),
-            gate_up=_siblings(4 * index + 2, mlp.gate_proj, mlp.up_proj),
-            down=_siblings(4 * index + 3, mlp.down_proj),
-        )
-        self.input_norm = _norm_weight(layer.input_layernorm)
-        self.post_norm = _norm_weight(layer.post_attention_layernorm)
-        self.scale = float(attn.scaling)
+        self.scale = float(layer.self_attn.scaling)
+        self.window, self.rope = parts.window, parts.rope
         self.shape = BlockShape(
             num_heads=config.num_attention_heads,
             num_key_value_heads=config.num_key_value_heads,
-            head_dim=int(attn.head_dim),
+            head_dim=int(layer.self_attn.head_dim),
             intermediate_size=config.intermediate_size,
-            activation=ACTIVATIONS[config.hidden_act],
-            input_eps=float(layer.input_layernorm.variance_epsilon),
-            post_eps=float(layer.post_attention_layernorm.variance_epsilon),
+            activation=ACTIVATIONS[parts.activation],
+            has_head_norms=parts.head_norms is not None,
+            has_branch_norms=parts.branch_norms is not None,
         )
+        self.into = IntoWeights(
+            qkv=_siblings(4 * index, *parts.qkv.values()),
+            norm=parts.input_norm,
+            head_norm=_head_norm(self.shape, parts.head_norms),
+        )
+        after_o, after_down = parts.branch_norms or (None, None)
+        self.out = OutWeights(
+            o=_siblings(4 * index + 1, parts.o),
+            gate_up=_siblings(4 * index + 2, *parts.gate_up.values()),
+            down=_siblings(4 * index + 3, parts.down),
+            norm=parts.mlp_norm,
+            after_o=after_o,
+            after_down=after_down,
+        )
+
+    @property
+    def qkv(self) -> Siblings:
+        """The projections before attention."""
+        return self.into.qkv
 
     @property
     def has_dropout(self) -> bool:
@@ -86,6 +109,7 @@ class FusedLayer:
         layout: Layout,
         keep: str,
         seed: Tensor | None = None,
+        passage: Passage | None = None,
     ) -> Tensor:
         """Return the next hidden states.
 
@@ -93,18 +117,33 @@ class FusedLayer:
             x: `[T, H]`.
             cos: `[T, R]`; sin: `[T, R]`.
             layout: Which tokens belong together.
-            keep: What to save for the backward: "all", "attention" or "input" (see `policy`).
+            keep: What to save for the backward: "all", "attention", "input" or "offload" (see
+                `policy`).
             seed: int64 `[2]` on the device, of the LoRA dropout masks; None drops nothing.
+            passage: Moves what is offloaded, and says whether tokens are taken in tiles.
         """
-        if keep != "input" or not torch.is_grad_enabled():
-            return self._forward(x, cos, sin, layout, Keep(everything=keep == "all"), seed)
-        saved = Keep(everything=True)
-        return checkpoint(
-            self._forward, x, cos, sin, layout, saved, seed,
+        passage = passage or Passage()
+        if keep == "all":
+            return self._forward(x, cos, sin, layout, Keep(), seed)
+        if keep == "attention" or not torch.is_grad_enabled():
+            saved = Keep(everything=False, tile=passage.tile)
+            return self._forward(x, cos, sin, layout, saved, seed)
+        saved = Keep(everything=True, tile=passage.tile)
+        # A layer that needs no gradient would not fetch its input.
+        needs_grad = x.requires_grad or any(adapter.requires_grad for adapter in self.adapters)
+        away = passage.send(x) if keep == "offload" and needs_grad else None
+        y: Tensor = checkpoint(
+            self._forward_of, away or x, cos, sin, layout, saved, seed,
             use_reentrant=False,
             preserve_rng_state=False,
             context_fn=lambda: (contextlib.nullcontext(), _again(saved)),
         )  # fmt: skip
+        if away is not None:
+            away.leave()
+        return y
+
+    def _forward_of(self, x: Tensor | Away, *rest: Any) -> Tensor:
+        return self._forward(x.tensor() if isinstance(x, Away) else x, *rest)
 
     def _forward(
         self,
@@ -115,14 +154,18 @@ class FusedLayer:
         keep: Keep,
         seed: Tensor | None,
     ) -> Tensor:
-        qkv, out = self.qkv, self.out
+        into, out = self.into, self.out
         x, query, key, value = IntoAttention.apply(
-            x, qkv, self.shape, self.input_norm, cos, sin, seed, *qkv.adapters
+            x, into, self.shape, cos, sin, seed, *into.qkv.adapters
         )
-        mixed = attention(query, key, value, layout, self.scale)
-        return OutOfAttention.apply(
-            mixed, x, out, self.shape, self.post_norm, keep, seed, *out.adapters
-        )
+        mixed = attention(query, key, value, layout, self.scale, self.window)
+        if not 0 < keep.tile < x.shape[0]:
+            return OutOfAttention.apply(mixed, x, out, self.shape, keep, seed, *out.adapters)
+
+        def half(mixed: Tensor, x: Tensor, keep: Keep, seed: Tensor | None) -> Tensor:
+            return OutOfAttention.apply(mixed, x, out, self.shape, keep, seed, *out.adapters)
+
+        return Tiled.apply(mixed, x, half, self.all_siblings[1:], keep, seed, *out.adapters)
 
 
 @contextlib.contextmanager
@@ -135,9 +178,13 @@ def _again(keep: Keep) -> Iterator[None]:
         keep.is_again = False
 
 
-def _norm_weight(norm: Any) -> Tensor:
-    weight: Tensor = norm.weight.detach()
-    return weight.to(torch.promote_types(weight.dtype, torch.float32))
+def _head_norm(shape: BlockShape, norms: tuple[Norm, Norm] | None) -> Norm | None:
+    """Return the norm of all query and key heads, from those of one query and one key head."""
+    if norms is None:
+        return None
+    counts = (shape.num_heads, shape.num_key_value_heads)
+    rows = [norm.weight.expand(count, -1) for norm, count in zip(norms, counts, strict=True)]
+    return Norm(torch.cat(rows), norms[0].eps)
 
 
 def _siblings(salt: int, *modules: nn.Module) -> Siblings:

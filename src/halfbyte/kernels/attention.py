@@ -28,7 +28,9 @@ _MAX_TOKENS = 512
 _SMALLEST_EXPONENT = -80.0
 
 
-def causal_attention(query: Tensor, key: Tensor, value: Tensor, *, scale: float) -> Tensor:
+def causal_attention(
+    query: Tensor, key: Tensor, value: Tensor, *, scale: float, window: int | None = None
+) -> Tensor:
     """Return `softmax(scale * Q K^T, causal) V` as `[B, N, S, D]`.
 
     Args:
@@ -36,7 +38,10 @@ def causal_attention(query: Tensor, key: Tensor, value: Tensor, *, scale: float)
         key: `[B, M, S, D]`, N a multiple of M.
         value: `[B, M, S, D]`.
         scale: What the scores are multiplied with.
+        window: How many tokens a token sees, itself one of them; None: all before it.
     """
+    if window is not None and window < query.shape[2]:
+        return _within_window(query, key, value, scale, window)
     needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value))
     groups = query.shape[1] // key.shape[1]
     is_ours = query.device.type == "cpu" and 0 < query.shape[2] <= _MAX_TOKENS
@@ -47,6 +52,16 @@ def causal_attention(query: Tensor, key: Tensor, value: Tensor, *, scale: float)
     if groups > 1:
         key, value = (t.repeat_interleave(groups, dim=1) for t in (key, value))
     return _CausalAttention.apply(query, key, value, scale)
+
+
+def _within_window(query: Tensor, key: Tensor, value: Tensor, scale: float, window: int) -> Tensor:
+    length = query.shape[2]
+    seen = torch.ones(length, length, dtype=torch.bool, device=query.device)
+    mask = seen.tril_().triu_(1 - window)
+    is_grouped = query.shape[1] != key.shape[1]
+    return F.scaled_dot_product_attention(
+        query, key, value, attn_mask=mask, scale=scale, enable_gqa=is_grouped
+    )
 
 
 class _CausalAttention(torch.autograd.Function):

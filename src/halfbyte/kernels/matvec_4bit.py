@@ -19,7 +19,7 @@ from halfbyte.kernels.dispatch import accelerated
 from halfbyte.kernels.gated import gated_forward
 from halfbyte.kernels.linear_4bit import PackedMatrix
 from halfbyte.kernels.nf4 import dequantize_4bit, dequantize_nested
-from halfbyte.kernels.rms_norm import add_rms_norm
+from halfbyte.kernels.rms_norm import Norm, add_rms_norm
 
 
 @dataclass(frozen=True)
@@ -37,14 +37,6 @@ class Group:
     lora_A: Tensor | None = None
     lora_B: Tensor | None = None
     bias: Tensor | None = None
-
-
-@dataclass(frozen=True)
-class Norm:
-    """RMSNorm before the product: a float32 weight `[K]`, and epsilon."""
-
-    weight: Tensor
-    eps: float
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,9 @@ import triton.language as tl
 from torch import Tensor
 
 from halfbyte.kernels.lookup_4bit import lookup
-from halfbyte.kernels.matvec_4bit import Norm, apply_before
+from halfbyte.kernels.matvec_4bit import apply_before
 from halfbyte.kernels.matvec_4bit import matvec_4bit as _dispatching_matvec_4bit
+from halfbyte.kernels.rms_norm import Norm
 
 MAX_TOKENS = 128
 # A warp, and with four rows for each of its lanes 128 registers: no more would be resident.

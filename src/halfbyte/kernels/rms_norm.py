@@ -9,6 +9,8 @@ The mean and the product are float32 and rounded once (Zhang & Sennrich 2019, ar
 The weight is float32, with Gemma's `1 + w` already added, so that one kernel serves all families.
 """
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -67,3 +69,21 @@ def rms_norm_backward(
     out = x.new_empty(x.shape[0], x.shape[1] + columns)
     out[:, : x.shape[1]] = grad_x.to(x.dtype)
     return out
+
+
+@dataclass(frozen=True)
+class Norm:
+    """A frozen RMSNorm: its float32 weight `[H]`, Gemma's 1 added, and epsilon."""
+
+    weight: Tensor
+    eps: float
+
+    def __call__(self, x: Tensor, *, columns: int = 0) -> Tensor:
+        """Return the normed x; see `add_rms_norm`."""
+        return add_rms_norm(x, None, self.weight, self.eps, columns=columns)[1]
+
+    def backward(
+        self, grad: Tensor, x: Tensor, beside: Tensor | None = None, *, columns: int = 0
+    ) -> Tensor:
+        """Return the gradient of x; see `rms_norm_backward`."""
+        return rms_norm_backward(grad, x, self.weight, self.eps, beside, columns=columns)
