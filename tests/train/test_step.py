@@ -8,6 +8,8 @@ from torch import nn
 
 from halfbyte.errors import TrainingError
 from halfbyte.memory.activations import checkpoint_activations
+from halfbyte.memory.pager import SLOTS
+from halfbyte.memory.pages import Paging
 from halfbyte.optim.adamw import AdamW
 from halfbyte.train.loss import LanguageModel
 from halfbyte.train.step import train_step
@@ -180,3 +182,30 @@ def test_non_finite_gradient_is_caught_before_the_update(make_lora, batch_of):
 def test_step_without_supervised_tokens_is_finite(make_lora, batch_of):
     result, _ = one_step(make_lora(), [batch_of([4, 3], prompt=9)])
     assert (result.loss, result.grad_norm, result.supervised_tokens) == (0.0, 0.0, 0)
+
+
+def test_state_on_the_host_begins_to_come_before_the_norm_is_known(
+    make_lora, batch_of, fake_pool, monkeypatch
+):
+    models = make_lora(), make_lora()
+    pool = fake_pool(10**6)
+    optimizers = [
+        AdamW(trainable(models[0]).items()),
+        AdamW(trainable(models[1]).items(), placement="host", paging=Paging(2**12, pool=pool)),
+    ]
+    norm, seen = optimizers[1].grad_norm, []
+    monkeypatch.setattr(optimizers[1], "grad_norm", lambda: seen.append(len(pool.moved)) or norm())
+    for step in range(2):
+        for model, optimizer in zip(models, optimizers, strict=True):
+            train_step(
+                LanguageModel.of(model), optimizer, [batch_of([9, 5])],
+                step=step, learning_rate=1e-2, max_grad_norm=1.0, seed=0,
+            )  # fmt: skip
+    assert seen == [SLOTS, len(pool.moved) // 2 + SLOTS]
+    assert pool.moved.count("in") == pool.moved.count("out")
+    first, second = (trainable(model) for model in models)
+    assert all(torch.equal(value, second[name]) for name, value in first.items())
+    optimizers[1].prefetch()
+    assert pool.used > 0
+    optimizers[1].zero_grad()  # as when the step before was left out
+    assert pool.used == 0

@@ -114,6 +114,7 @@ def compute_gradients(
         loss = loss / max(supervised, 1)
         loss.backward()
         losses.append(loss.detach())
+    optimizer.prefetch()  # beside the norm, and while the host waits for it
     norm = optimizer.grad_norm()
     *values, grad_norm = torch.stack(
         [*(loss.to(norm.device) for loss in losses), norm]
