@@ -7,7 +7,8 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config
 
 from halfbyte.engine.attention import Layout
-from halfbyte.engine.body import FusedBody, obstacle
+from halfbyte.engine.body import FusedBody
+from halfbyte.engine.obstacle import obstacle
 from halfbyte.errors import ConfigError
 from halfbyte.kernels.rms_norm import Norm
 from halfbyte.quant.linear import NF4Linear

@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from halfbyte.engine import body as engine_body
+from halfbyte.engine import obstacle as engine_obstacle
 from halfbyte.engine.decode_step import DecodeStep
+from halfbyte.engine.families import parts_of
 
 # Layers whose every detail the step computes; the training engine may know more.
 _LAYERS = {"LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer"}
@@ -35,12 +36,14 @@ def obstacle(model: nn.Module) -> str | None:
     body, head = _parts(model)
     if body is None or head is None:
         return "it is not a body with a head"
-    reason = engine_body.obstacle(body)
+    reason = engine_obstacle.obstacle(body)
     if reason is not None:
         return reason
     kinds = {type(layer).__name__ for layer in body.layers}
     if not kinds <= _LAYERS:
         return f"its layers are {', '.join(sorted(kinds))}"
+    if any(parts_of(layer, body.config).window is not None for layer in body.layers):
+        return "its attention slides over a window"
     if body.rotary_emb.rope_type not in _ROPES:
         return f"its rope_type is {body.rotary_emb.rope_type}"
     size = int(body.layers[0].self_attn.head_dim)

@@ -12,6 +12,8 @@ from torch import nn
 
 from halfbyte.kernels.rms_norm import Norm
 
+# transformers' names for the activations of `kernels.gated`.
+ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
 # The rotation of an attention that does not rotate.
 NO_ROPE = "none"
 
@@ -132,7 +134,7 @@ def parts_of(layer: Any, config: Any) -> Parts:
 
 
 def norm_of(norm: Any, family: Family) -> Norm:
-    """Return the weight, as float32, and the epsilon of a family's RMSNorm."""
+    """Return the float32 weight and the epsilon of a family's RMSNorm."""
     weight = norm.weight.detach()
     wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
     if family.adds_one:

@@ -9,26 +9,25 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from halfbyte.kernels.rms_norm import add_rms_norm, rms_norm_backward
-
-_RMS_NORMS = ("LlamaRMSNorm", "MistralRMSNorm", "Qwen2RMSNorm")
+from halfbyte.engine.families import family_of, norm_of
+from halfbyte.kernels.rms_norm import Norm
 
 
 class RmsNorm(torch.autograd.Function):
     """`x` `[T, H]` to its RMSNorm, for a frozen weight."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        """Return `[T, H]` in the dtype of x; `weight` is float32."""
-        ctx.eps = eps
-        ctx.save_for_backward(x, weight)
-        return add_rms_norm(x, None, weight, eps)[1]
+    def forward(ctx: Any, x: Tensor, norm: Norm) -> Tensor:
+        """Return `[T, H]` in the dtype of x."""
+        ctx.norm = norm
+        ctx.save_for_backward(x)
+        return norm(x)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         """Return the gradient of x."""
-        x, weight = ctx.saved_tensors
-        return rms_norm_backward(grads[0].contiguous(), x, weight, ctx.eps, None), None, None
+        (x,) = ctx.saved_tensors
+        return ctx.norm.backward(grads[0].contiguous(), x), None
 
 
 def final_norm(norm: nn.Module, x: Tensor) -> Tensor:
@@ -38,10 +37,8 @@ def final_norm(norm: nn.Module, x: Tensor) -> Tensor:
         norm: The body's last module.
         x: What the last layer gave.
     """
-    weight: Any = getattr(norm, "weight", None)
-    if type(norm).__name__ not in _RMS_NORMS or weight.requires_grad:
+    family = family_of(norm)
+    if family is None or any(weight.requires_grad for weight in norm.parameters()):
         normed: Tensor = norm(x)
         return normed
-    fused: Any = norm
-    wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
-    return RmsNorm.apply(x, wide, float(fused.variance_epsilon))
+    return RmsNorm.apply(x, norm_of(norm, family))

@@ -7,7 +7,8 @@ from typing import Any, cast
 
 from peft import PeftModel
 
-from halfbyte.engine.body import FusedBody, obstacle
+from halfbyte.engine.body import FusedBody
+from halfbyte.engine.obstacle import obstacle
 from halfbyte.memory.activations import checkpoint_activations
 from halfbyte.memory.fused_step import FusedStep
 from halfbyte.memory.ledger import Ledger, Peak

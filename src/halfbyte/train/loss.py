@@ -21,7 +21,8 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from halfbyte.data.loader import Batch
-from halfbyte.engine.body import FusedBody, layer_kind, obstacle
+from halfbyte.engine.body import FusedBody, layer_kind
+from halfbyte.engine.obstacle import obstacle
 from halfbyte.engine.packed import merge, pack
 from halfbyte.kernels.cross_entropy import linear_cross_entropy
 from halfbyte.models.attention import use_cpu_attention
