@@ -4,18 +4,27 @@
     "all"        x, q k v, attention, mid, gate, up         norms, gated product
     "attention"  x, q k v, attention                        also o, gate and up
     "input"      x                                          also q, k, v and attention
+    "offload"    x, in host memory                          the same
 
 Down's product is never computed again. Per byte, all matrix products cost about the same to repeat,
 and attention costs more the longer the sequence is: so `auto` first lifts every layer from "input"
 to "attention", then as many as fit to "all". What is left after that holds dequantized weights,
 which spares a layer two dequantizations a step: per byte that gains least.
+
+Where not even every layer's input fits, and where the least is wanted, inputs go to the host. What
+they leave is for "attention" of as many layers as fit. If that is not enough either, the MLP runs
+over tiles of tokens.
 """
 
 from dataclasses import dataclass
 
 from halfbyte.engine.block import BlockShape
 
-LEVELS = ("input", "attention", "all")
+LEVELS = ("offload", "input", "attention", "all")
+TILES = (8192, 4096, 2048, 1024)
+"""Tokens of a tile, the largest first: smaller ones cost matrix products their speed."""
+# Inputs on the device while others are on the host: the one at work and the one on its way.
+_STAGED = 2
 
 
 @dataclass(frozen=True)
@@ -39,8 +48,8 @@ class LayerBytes:
         return cls(hidden_size * unit, attention * unit, everything * unit)
 
     def at(self, level: str) -> int:
-        """Return the bytes of a level."""
-        return {"input": self.input, "attention": self.attention, "all": self.all}[level]
+        """Return the bytes of a level on the device."""
+        return 0 if level == "offload" else int(getattr(self, level))
 
 
 @dataclass(frozen=True)
@@ -50,10 +59,35 @@ class Choice:
     Args:
         levels: Of the activations, one a layer.
         num_staying: How many layers keep their dequantized weights.
+        tile: Tokens that an MLP takes at a time; 0: all.
     """
 
     levels: list[str]
     num_staying: int = 0
+    tile: int = 0
+
+
+def working_bytes(
+    shape: BlockShape, hidden_size: int, num_tokens: int, itemsize: int, tile: int
+) -> int:
+    """Return what the backward of one layer has at once, beside what is saved and weights.
+
+    Untiled: gate, up and hidden with their gradients, four hidden states. Tiled: those of a tile;
+    and of all tokens q, k, v and attention with their gradients, two of the latter in float32, and
+    the gradients of x and y.
+    """
+    mlp = 6 * shape.intermediate_size + 8 * hidden_size
+    if not tile:
+        return mlp * num_tokens * itemsize
+    width = shape.num_heads * shape.head_dim
+    heads = width + 2 * shape.num_key_value_heads * shape.head_dim
+    return (mlp * tile + (2 * hidden_size + 2 * heads + 4 * width) * num_tokens) * itemsize
+
+
+def least_bytes(num_layers: int, sizes: LayerBytes, *, offloads: bool) -> int:
+    """Return what all layers save at least."""
+    # The last input stays: it is read again at once.
+    return min(num_layers, _STAGED + 1) * sizes.input if offloads else num_layers * sizes.input
 
 
 def plan(
@@ -62,32 +96,42 @@ def plan(
     sizes: LayerBytes,
     weight_bytes: int,
     free_bytes: int,
+    *,
+    offloads: bool = False,
 ) -> Choice:
     """Return what the layers keep.
 
     Args:
-        memory: "lean" keeps inputs only, "fast" all activations; "auto" and a number of bytes, as
+        memory: "lean" keeps the least, "fast" all activations; "auto" and a number of bytes, as
             much as fits.
         num_layers: Of the model.
         sizes: Of a layer's activations.
         weight_bytes: Of a layer's dequantized weights.
         free_bytes: What may be spent.
+        offloads: Whether inputs may go to the host.
     """
     if memory == "lean":
-        return Choice(["input"] * num_layers)
+        return Choice(choose(num_layers, sizes, 0, offloads=offloads))
     is_fast = memory == "fast"
-    levels = ["all"] * num_layers if is_fast else choose(num_layers, sizes, free_bytes)
+    levels = ["all"] * num_layers
+    if not is_fast:
+        levels = choose(num_layers, sizes, free_bytes, offloads=offloads)
     left = free_bytes - sum(sizes.at(level) for level in levels)
     return Choice(levels, min(max(left, 0) // weight_bytes, num_layers))
 
 
-def choose(num_layers: int, sizes: LayerBytes, budget_bytes: int) -> list[str]:
+def choose(
+    num_layers: int, sizes: LayerBytes, budget_bytes: int, *, offloads: bool = False
+) -> list[str]:
     """Return what each layer keeps so that the sum stays within `budget_bytes`.
 
-    Where not even every layer's input fits, "input" is still returned for all: nothing smaller
-    exists here.
+    Where that is less than the least, the least is returned all the same.
     """
     left = budget_bytes - num_layers * sizes.input
+    if left < 0 and offloads:
+        lifted = max((budget_bytes - _STAGED * sizes.input) // sizes.attention, 0)
+        above = ["attention"] * lifted or ["input"]
+        return ["offload"] * (num_layers - len(above)) + above
     levels = ["input"] * num_layers
     for better, cost in (
         ("attention", sizes.attention - sizes.input),
