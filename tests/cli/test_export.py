@@ -6,15 +6,8 @@ import pytest
 from halfbyte.gguf.tokenizer import GgufTokenizer
 
 
-@pytest.fixture
-def demo_run(run, config, tmp_path):
-    """Folder of a run on the embedded base, whose tokenizer is a real one."""
-    result = run("train", config, "model=demo")
-    assert result.exit_code == 0, result.output
-    return tmp_path / "out"
-
-
-def test_a_run_becomes_files(run, demo_run, tmp_path, data):
+def test_a_run_becomes_files(run, run_on, tmp_path, data):
+    demo_run = run_on("demo")
     result = run("export", demo_run, "m.gguf", "--type", "q8_0")
     assert result.exit_code == 0, result.output
     assert "16 of 16 (the data's) as in training" in result.stdout

@@ -54,23 +54,20 @@ def test_the_runs_rows_may_be_gone(run, trained, tmp_path, data):
     assert report(tmp_path / "merged")["onto"] == "dequantized"
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
+def test_wrong_arguments_leave_nothing(run, trained, tmp_path):
+    for arguments, message in (
         (["--onto", "both"], "onto should be"),
         (["--base", "./nowhere"], "nowhere"),
         (["--dtype", "int4"], "dtype should be"),
         (["--max-shard-size", "big"], "expected a size"),
         (["--device", "abacus"], "expected a device"),
         (["--data", "./nothing.jsonl"], "nothing.jsonl"),
-    ],
-)
-def test_wrong_arguments_leave_nothing(run, trained, tmp_path, arguments, message):
-    result = run("merge", trained, "merged", *arguments)
-    assert result.exit_code == 2
-    assert message in result.stderr
-    assert not (tmp_path / "merged").exists()
-    assert not list(tmp_path.glob(".merged*"))
+    ):
+        result = run("merge", trained, "merged", *arguments)
+        assert result.exit_code == 2
+        assert message in result.stderr
+        assert not (tmp_path / "merged").exists()
+        assert not list(tmp_path.glob(".merged*"))
 
 
 def test_a_folder_without_adapter_is_an_error(run, tmp_path):

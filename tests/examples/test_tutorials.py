@@ -1,10 +1,11 @@
 """The two scripts that people learn QLoRA from run as they stand, on the embedded base."""
 
 import json
-import subprocess
+import runpy
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -19,14 +20,19 @@ def _write(path, rows):
     return path
 
 
-def _run(script, *arguments):
-    command = [sys.executable, str(EXAMPLES / script), *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """Return a function that runs a script as Python does, in this process, and what it prints."""
+
+    def call(script, *arguments):
+        monkeypatch.setattr(sys, "argv", [script, *map(str, arguments)])
+        runpy.run_path(str(EXAMPLES / script), run_name="__main__")
+        return capsys.readouterr().out
+
+    return call
 
 
-def test_sft_trainer_trains_saves_and_merges(tmp_path):
+def test_sft_trainer_trains_saves_and_merges(run, tmp_path):
     rows = [
         {
             "messages": [
@@ -38,7 +44,7 @@ def test_sft_trainer_trains_saves_and_merges(tmp_path):
     ]
     data = _write(tmp_path / "chat.jsonl", rows)
     out = tmp_path / "out"
-    _run(
+    run(
         "sft_trainer.py", "--model", base_path(), "--dataset", data, "--output", out,
         "--max-steps", 3, "--batch-size", 2, "--max-length", 128,
     )  # fmt: skip
@@ -52,11 +58,11 @@ def test_sft_trainer_trains_saves_and_merges(tmp_path):
     assert AutoTokenizer.from_pretrained(out / "merged").chat_template
 
 
-def test_trainer_saves_an_adapter_that_loads_on_the_4_bit_base_again(tmp_path):
+def test_trainer_saves_an_adapter_that_loads_on_the_4_bit_base_again(run, tmp_path):
     rows = [{"text": f"The number after {i} is {i + 1}."} for i in range(32)]
     data = _write(tmp_path / "text.jsonl", rows)
     out = tmp_path / "out"
-    printed = _run(
+    printed = run(
         "trainer.py", "--model", base_path(), "--dataset", data, "--output", out,
         "--max-steps", 2, "--max-length", 32,
     )  # fmt: skip
