@@ -4,28 +4,32 @@
 instead of the model's own forward; the model itself is not changed, and generates as ever.
 """
 
+import logging
+from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from halfbyte.device import available_bytes
 from halfbyte.engine import policy
+from halfbyte.engine.angles import Angles
 from halfbyte.engine.attention import Layout, backends
 from halfbyte.engine.cpu_layer import CpuLayer
 from halfbyte.engine.final_norm import final_norm
 from halfbyte.engine.graph import Graphs
-from halfbyte.engine.layer import ACTIVATIONS, FusedLayer, dropout_of
+from halfbyte.engine.layer import FusedLayer
+from halfbyte.engine.offload import Offload, Passage
 from halfbyte.errors import ConfigError
 from halfbyte.kernels import native
 
-_LAYERS = ("LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer")
-_PROJECTIONS = {
-    "self_attn": ("q_proj", "k_proj", "v_proj", "o_proj"),
-    "mlp": ("gate_proj", "up_proj", "down_proj"),
-}
+_log = logging.getLogger(__name__)
+
 _MEMORY = ("auto", "lean", "fast")
 # Of the free memory, what the plan leaves for workspaces and fragmentation.
 _RESERVE = 0.12
+# Of the host's free memory, what inputs of layers may take.
+_HOST_SHARE = 0.7
 _PROBE_TOKENS = 8
 _PROBE_TOLERANCE = 0.02  # of the norm; roundings of one layer in bf16 stay below a half of it
 
@@ -48,15 +52,19 @@ class FusedBody:
         self.model = model
         self.memory = memory
         self.layers = [kind(layer, model.config, index) for index, layer in enumerate(model.layers)]
-        self._levels: dict[int, list[str]] = {}
+        self._angles = Angles(model.rotary_emb, [layer.rope for layer in self.layers])
+        self._choices: dict[tuple[int, bool], policy.Choice] = {}
         self._num_staying = len(self.layers)
         adapters = [t for layer in self.layers for t in layer.adapters if t.requires_grad]
         self._graphs = Graphs(adapters)
+        self._offload: Offload | None = None
+        self._has_warned = False
 
     def with_memory(self, memory: str | int) -> "FusedBody":
         """Return a body over the same layers that saves more or less."""
         body = FusedBody(self.model, memory=memory, kind=type(self.layers[0]))
         body._graphs.is_stopped = self._graphs.is_stopped
+        body._offload = self._offload
         return body
 
     def __call__(
@@ -81,10 +89,11 @@ class FusedBody:
         hidden = self.model.embed_tokens(input_ids)
         if position_ids is None:
             position_ids = torch.arange(length, device=hidden.device).unsqueeze(0)
-        embeddings = self.model.rotary_emb(hidden, position_ids=position_ids)
-        cos, sin = (t.expand(batch, length, -1).flatten(0, 1).contiguous() for t in embeddings)
+        cos, sin = self._angles(hidden, position_ids)
         layout = layout or Layout(batch, length, max_length=length)
         seed = self._seed(hidden.device, first_token)
+        if self._offload is not None:
+            self._offload.settle()
         x = self._graphs(self._run_layers, hidden.flatten(0, 1), cos, sin, layout, seed)
         return (x.view(batch, length, -1),)
 
@@ -99,10 +108,14 @@ class FusedBody:
     def _run_layers(
         self, x: Tensor, cos: Tensor, sin: Tensor, layout: Layout, seed: Tensor | None
     ) -> Tensor:
-        levels = self._levels_for(x) if torch.is_grad_enabled() else ["all"] * len(self.layers)
+        choice = self._choice_for(x)
+        passage = self._passage(x.device, choice)
+        levels = choice.levels if torch.is_grad_enabled() else ["attention"] * len(self.layers)
         with backends():
-            for layer, keep in zip(self.layers, levels, strict=True):
-                x = layer.run(x, cos, sin, layout, keep, seed)
+            for layer, table, keep in zip(self.layers, self._angles.tables, levels, strict=True):
+                x = layer.run(x, cos[table], sin[table], layout, keep, seed, passage)
+        if x.requires_grad:
+            x.register_hook(passage.begin_return)
         return final_norm(self.model.norm, x)
 
     @torch.no_grad()
@@ -114,16 +127,17 @@ class FusedBody:
         """
         device = self.model.embed_tokens.weight.device
         size = self.model.embed_tokens.weight.shape[0]
-        ids = torch.arange(_PROBE_TOKENS, device=device).unsqueeze(0) % size
-        x = self.model.embed_tokens(ids)
-        embeddings = self.model.rotary_emb(x, position_ids=ids.new_tensor([range(_PROBE_TOKENS)]))
-        cos, sin = (t.flatten(0, 1).contiguous() for t in embeddings)
+        positions = torch.arange(_PROBE_TOKENS, device=device).unsqueeze(0)
+        x = self.model.embed_tokens(positions % size)
+        all_cos, all_sin = self._angles(x, positions)
         layout = Layout(1, _PROBE_TOKENS, max_length=_PROBE_TOKENS)
-        mask = None
-        if "flash" not in self.model.config._attn_implementation:
-            mask = x.new_full((_PROBE_TOKENS, _PROBE_TOKENS), -torch.inf).triu(1)[None, None]
-        for layer in self.layers:
-            expected = layer.layer(x, attention_mask=mask, position_embeddings=embeddings)
+        for layer, table in zip(self.layers, self._angles.tables, strict=True):
+            cos, sin = all_cos[table], all_sin[table]
+            expected = layer.layer(
+                x,
+                attention_mask=self._mask(x, layer.window),
+                position_embeddings=(cos[None], sin[None]),
+            )
             with backends():
                 actual = layer.run(x.flatten(0, 1), cos, sin, layout, "all").view(x.shape)
             error = (actual.float() - expected.float()).norm() / expected.float().norm()
@@ -132,43 +146,75 @@ class FusedBody:
             x = expected
         return True
 
-    def _levels_for(self, x: Tensor) -> list[str]:
-        """Return what each layer keeps for this many tokens, planned once a size."""
+    def _mask(self, x: Tensor, window: int | None) -> Tensor | None:
+        """Return what transformers' attention adds to its scores, None where it knows itself."""
+        if "flash" in self.model.config._attn_implementation:
+            return None
+        length = x.shape[1]
+        seen = torch.ones(length, length, dtype=torch.bool, device=x.device).tril()
+        seen = seen if window is None else seen.triu(1 - window)
+        return x.new_zeros(1, 1, length, length).masked_fill(~seen, -torch.inf)
+
+    def _passage(self, device: torch.device, choice: policy.Choice) -> Passage:
+        if self._offload is None and "offload" in choice.levels:
+            self._offload = Offload(device)
+        return Passage(self._offload, choice.tile)
+
+    def _choice_for(self, x: Tensor) -> policy.Choice:
+        """Return what the layers keep for this many tokens, planned once a size."""
         # Sizes within an eighth share a plan, so that it is not made anew for every batch.
         unit = 1 << max(x.shape[0].bit_length() - 4, 0)
-        key = -(-x.shape[0] // unit) * unit
-        if key not in self._levels:
-            choice = self._plan(x)
-            self._levels[key] = choice.levels
-            self._let_stay(choice.num_staying)
-        return self._levels[key]
+        key = (-(-x.shape[0] // unit) * unit, torch.is_grad_enabled())
+        if key not in self._choices:
+            self._choices[key] = self._plan(x)
+            if torch.is_grad_enabled():
+                self._let_stay(self._choices[key].num_staying)
+        return self._choices[key]
 
     def _plan(self, x: Tensor) -> policy.Choice:
         free = _free_bytes(x.device) + self._staying_bytes()
-        choice = self.choose(x.shape[0], x.element_size(), free)
+        # On a CPU the host is the device: nothing is gained by moving.
+        host = available_bytes("cpu") if x.is_cuda else 0
+        if host is not None and self._offload is not None:
+            host += self._offload.host_bytes
+        choice = self.choose(x.shape[0], x.element_size(), free, host)
+        if x.is_cuda and self.memory == "lean" and "offload" not in choice.levels:
+            if not self._has_warned:
+                _log.warning(
+                    "inputs of layers stay on the GPU: host memory (%.1f GiB free) is too short "
+                    "for them", (host or 0) / 2**30,
+                )  # fmt: skip
+            self._has_warned = True
         # A CPU's weights are contiguous and made faster than it multiplies.
-        return choice if x.is_cuda else policy.Choice(choice.levels)
+        return choice if x.is_cuda else replace(choice, num_staying=0)
 
-    def choose(self, num_tokens: int, itemsize: int, free_bytes: int) -> policy.Choice:
+    def choose(
+        self, num_tokens: int, itemsize: int, free_bytes: int, host_bytes: int | None = None
+    ) -> policy.Choice:
         """Return what the layers keep for so many tokens where so many bytes are free.
 
         Args:
             num_tokens: Of a micro-step.
             itemsize: Bytes of an activation.
             free_bytes: Of the device, beside weights, adapters and optimizer.
+            host_bytes: Of host memory that is free; None: enough.
         """
-        shape, hidden_size = self.layers[0].shape, self.layers[0].qkv.inputs
+        layer, count = self.layers[0], len(self.layers)
+        shape, hidden_size = layer.shape, layer.qkv.inputs
         tokens = num_tokens * 9 // 8
         sizes = policy.LayerBytes.of(shape, hidden_size, tokens, itemsize)
-        if isinstance(self.memory, int):
-            budget = self.memory
-        else:
-            # One layer's backward: gate, up and hidden with their gradients, four hidden states.
-            working = (6 * shape.intermediate_size + 8 * hidden_size) * tokens * itemsize
-            weights = max(layer.largest_weight for layer in self.layers) * itemsize
-            budget = int(free_bytes * (1 - _RESERVE)) - working - weights
-        layer_bytes = max(layer.weight_elements for layer in self.layers) * itemsize
-        return policy.plan(self.memory, len(self.layers), sizes, layer_bytes, budget)
+        offloads = host_bytes is None or count * sizes.input <= host_bytes * _HOST_SHARE
+        largest = max(layer.largest_weight for layer in self.layers) * itemsize
+        all_weights = max(layer.weight_elements for layer in self.layers) * itemsize
+        left = tile = 0
+        for tile in (0, *(size for size in policy.TILES if size < num_tokens)):
+            working = policy.working_bytes(shape, hidden_size, tokens, itemsize, tile)
+            left = int(free_bytes * (1 - _RESERVE)) - working - (all_weights if tile else largest)
+            if left >= policy.least_bytes(count, sizes, offloads=offloads):
+                break
+        budget = self.memory if isinstance(self.memory, int) else left
+        choice = policy.plan(self.memory, count, sizes, all_weights, budget, offloads=offloads)
+        return replace(choice, tile=tile)
 
     def stop_recording(self) -> bool:
         """Give the memory of CUDA graphs back, for good; return whether there were any."""
@@ -196,7 +242,7 @@ def _free_bytes(device: torch.device) -> int:
     """Return the bytes that tensors may still take, those cached by the allocator included."""
     if device.type != "cuda":
         return 1 << 62
-    free, _ = torch.cuda.mem_get_info(device)
+    free = available_bytes(device) or 0
     return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
 
 
@@ -206,57 +252,3 @@ def layer_kind(weight: Tensor) -> type[FusedLayer] | None:
         return FusedLayer
     is_quick = weight.device.type == "cpu" and weight.dtype == torch.bfloat16
     return CpuLayer if is_quick and native.library() is not None else None
-
-
-def obstacle(model: nn.Module) -> str | None:
-    """Return why a transformers body cannot run fused, or None where it can."""
-    config: Any = getattr(model, "config", None)
-    layers: Any = getattr(model, "layers", None)
-    if layers is None or len(layers) == 0 or not hasattr(model, "rotary_emb"):
-        return "its body is not embedding, layers and norm"
-    kinds = {type(layer).__name__ for layer in layers}
-    if not kinds <= set(_LAYERS):
-        return f"its layers are {', '.join(sorted(kinds))}"
-    if config.hidden_act not in ACTIVATIONS:
-        return f"its activation is {config.hidden_act}"
-    if _slides(config):
-        return "its attention slides over a window"
-    if getattr(config, "attention_dropout", 0.0):
-        return f"attention_dropout is {config.attention_dropout}"
-    dropouts = set()
-    for layer in layers:
-        for part, names in _PROJECTIONS.items():
-            for name in names:
-                module = getattr(getattr(layer, part), name)
-                reason = _projection_obstacle(module)
-                if reason:
-                    return f"{name} {reason}"
-                if hasattr(module, "lora_A"):
-                    dropouts.add(dropout_of(module))
-    return None if len(dropouts) < 2 else "its adapters have different dropouts"
-
-
-def _slides(config: Any) -> bool:
-    kinds = getattr(config, "layer_types", None)
-    if kinds:
-        return any(kind != "full_attention" for kind in kinds)
-    return bool(getattr(config, "sliding_window", None))
-
-
-def _projection_obstacle(module: Any) -> str | None:
-    """Return what of a projection's adapter the fused products do not compute, or None."""
-    if not hasattr(module, "lora_A"):
-        return None
-    active = [name for name in module.active_adapters if name in module.lora_A]
-    if len(active) > 1:
-        return f"has {len(active)} active adapters"
-    if module.merged:
-        return "has a merged adapter"
-    for name in active:
-        if getattr(module, "use_dora", {}).get(name):
-            return "is adapted with DoRA"
-        if module.lora_B[name].bias is not None:
-            return "has a bias on lora_B"
-        if module.lora_A[name].weight.dtype != torch.float32:
-            return f"has {module.lora_A[name].weight.dtype} adapters"
-    return None

@@ -21,14 +21,12 @@ from halfbyte.engine.block import (
     OutOfAttention,
     OutWeights,
 )
-from halfbyte.engine.families import parts_of
+from halfbyte.engine.families import ACTIVATIONS, parts_of
 from halfbyte.engine.offload import Away, Passage
 from halfbyte.engine.projections import Projection, Siblings
 from halfbyte.engine.tiled import Tiled
 from halfbyte.kernels.rms_norm import Norm
 from halfbyte.quant.linear import NF4Linear
-
-ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
 
 
 class FusedLayer:
