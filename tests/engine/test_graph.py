@@ -3,7 +3,7 @@ import torch
 from torch import nn
 
 from halfbyte.engine.attention import Layout
-from halfbyte.engine.graph import Graphs
+from halfbyte.engine.graph import Graphs, _Size
 
 
 def _graphs(device):
@@ -32,6 +32,21 @@ def test_without_a_gpu_the_layers_run_as_they_are():
         assert torch.equal(out, run(*inputs, layout, None))
         out.sum().backward()
         assert weight.grad.norm() > 0
+
+
+def _packed(*lengths):
+    bounds = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
+    return Layout(1, sum(lengths), bounds, max(lengths))
+
+
+def test_batches_of_about_the_same_documents_share_a_graph():
+    sizes = {_Size.of(1024, _packed(*lengths), None) for lengths in ([300, 724], [700, 200, 124])}
+    assert len(sizes) == 1
+    (size,) = sizes
+    assert (size.tokens, size.documents, size.longest) == (1024, 16, 1024)
+    assert _Size.of(1024, _packed(*[4] * 256), None) not in sizes
+    assert _Size.of(1024, _packed(300, 724), torch.zeros(2)) not in sizes
+    assert _Size.of(1028, _packed(*[4] * 257), None) is None
 
 
 @pytest.mark.gpu

@@ -18,13 +18,43 @@ from halfbyte.engine.attention import Layout
 
 _log = logging.getLogger(__name__)
 
-# Above this many tokens the GPU is slower than the host, and graphs would only hold memory.
-MAX_TOKENS = 4096
+# Above so many tokens the gaps between kernels do not count, and graphs would only hold memory.
+MAX_TOKENS = 8192
+# Above so many, what a recording holds is large: it is made where the card has room for a step of
+# another size beside it, that is where this share of its memory was enough so far.
+_LARGE_TOKENS, _LARGE_SHARE = 4096, 0.6
 _MAX_GRAPHS = 32
-# Packed documents that the bounds of a graph have room for.
-_MAX_DOCUMENTS = 256
+# What a graph for packed documents has room for. Attention launches programs for every document
+# of the greatest length, there or not: with much more room than is needed, that takes its time.
+_DOCUMENTS = (16, 64, 256)
+_LENGTHS = (256, 1024, 4096)
+# Other threads, a checkpoint's writer above all, may allocate while this one records.
+_MODE = "thread_local"
 
 Run = Callable[[Tensor, Tensor, Tensor, Layout, Tensor | None], Tensor]
+
+
+@dataclass(frozen=True)
+class _Size:
+    """What one pair of graphs serves: tokens, rows, room for packed documents, dropout or not."""
+
+    tokens: int
+    batch: int
+    documents: int | None
+    longest: int
+    has_seed: bool
+
+    @classmethod
+    def of(cls, num_tokens: int, layout: Layout, seed: Tensor | None) -> "_Size | None":
+        """Return the size that serves a batch, or None where it has too many documents."""
+        documents, longest = None, layout.max_length
+        if layout.cu_seqlens is not None:
+            count = layout.cu_seqlens.numel() - 1
+            documents = next((room for room in _DOCUMENTS if count <= room), None)
+            longest = next((room for room in _LENGTHS if longest <= room), num_tokens)
+            if documents is None:
+                return None
+        return cls(num_tokens, layout.batch, documents, min(longest, num_tokens), seed is not None)
 
 
 @dataclass
@@ -47,8 +77,8 @@ class Graphs:
     """
 
     parameters: Sequence[Tensor]
-    _seen: set[tuple[int, int, bool, bool]] = field(default_factory=set)
-    _recorded: dict[tuple[int, int, bool, bool], _Recorded] = field(default_factory=dict)
+    _seen: set[_Size] = field(default_factory=set)
+    _recorded: dict[_Size, _Recorded] = field(default_factory=dict)
     _pool: Any = None
     is_stopped: bool = False
 
@@ -60,28 +90,27 @@ class Graphs:
         `run` takes hidden states, cos, sin, layout and dropout seed to hidden states. It is not
         held: whoever owns these graphs would then live as long as the garbage collector sleeps.
         """
-        bounds = layout.cu_seqlens
-        key = (x.shape[0], layout.batch, bounds is None, seed is None)
-        if not self._is_possible(x, bounds):
+        size = _Size.of(x.shape[0], layout, seed)
+        if size is None or not self._is_possible(x):
             return run(x, cos, sin, layout, seed)
-        if key not in self._recorded:
-            if key not in self._seen or len(self._recorded) == _MAX_GRAPHS:
-                self._seen.add(key)
+        if size not in self._recorded:
+            if size not in self._seen or len(self._recorded) == _MAX_GRAPHS:
+                self._seen.add(size)
                 return run(x, cos, sin, layout, seed)
             try:
-                self._recorded[key] = self._record(run, x, cos, sin, layout, seed)
+                self._recorded[size] = self._record(run, x, cos, sin, size, seed)
             except RuntimeError as error:
                 # Above all for want of memory: a recording holds its own. A step needs none.
                 _log.warning("no CUDA graphs from here on: %s", str(error).partition("\n")[0])
                 self.stop()
                 return run(x, cos, sin, layout, seed)
-        recorded = self._recorded[key]
+        recorded = self._recorded[size]
         sources = [x, cos, sin]
         if seed is not None:
             sources.append(seed)
-        if bounds is not None:
+        if layout.cu_seqlens is not None:
             recorded.inputs[-1].fill_(x.shape[0])
-            sources.append(bounds)
+            sources.append(layout.cu_seqlens)
         for target, source in zip(recorded.inputs, sources, strict=True):
             target[: source.shape[0]].copy_(source, non_blocking=True)
         # Any parameter will do to make the output part of the autograd graph.
@@ -100,19 +129,18 @@ class Graphs:
         self.is_stopped = True
         return had_any
 
-    def _is_possible(self, x: Tensor, bounds: Tensor | None) -> bool:
+    def _is_possible(self, x: Tensor) -> bool:
         return (
             x.is_cuda
             and not self.is_stopped
-            and x.shape[0] <= MAX_TOKENS
+            and x.shape[0] <= (MAX_TOKENS if _has_room(x.device) else _LARGE_TOKENS)
             and torch.is_grad_enabled()
             and not x.requires_grad
-            and (bounds is None or bounds.numel() <= _MAX_DOCUMENTS)
             and all(p.grad is not None for p in self.parameters)
         )
 
     def _record(
-        self, run: Run, x: Tensor, cos: Tensor, sin: Tensor, layout: Layout, seed: Tensor | None
+        self, run: Run, x: Tensor, cos: Tensor, sin: Tensor, size: _Size, seed: Tensor | None
     ) -> _Recorded:
         inputs = [x.detach().clone(), cos.clone(), sin.clone()]
         static_seed = None
@@ -120,25 +148,31 @@ class Graphs:
             static_seed = seed.clone()
             inputs.append(static_seed)
         bounds = None
-        if layout.cu_seqlens is not None:
+        if size.documents is not None:
             # Bounds beyond the last document are empty documents at the end.
-            bounds = torch.full((_MAX_DOCUMENTS,), x.shape[0], dtype=torch.int32, device=x.device)
+            shape = (size.documents + 1,)
+            bounds = torch.full(shape, size.tokens, dtype=torch.int32, device=x.device)
             inputs.append(bounds)
-        static = Layout(layout.batch, layout.length, bounds, x.shape[0])
+        static = Layout(size.batch, size.tokens // size.batch, bounds, size.longest)
         if self._pool is None:
             self._pool = torch.cuda.graph_pool_handle()
         torch.cuda.empty_cache()
         forward, backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
-        with torch.cuda.graph(forward, pool=self._pool):
+        with torch.cuda.graph(forward, pool=self._pool, capture_error_mode=_MODE):
             output = run(inputs[0], inputs[1], inputs[2], static, static_seed)
         grad_output = torch.zeros_like(output)
-        with torch.cuda.graph(backward, pool=self._pool):
+        with torch.cuda.graph(backward, pool=self._pool, capture_error_mode=_MODE):
             # Not `backward`: its accumulation may belong to a step outside, on another stream.
             grads = torch.autograd.grad(output, list(self.parameters), grad_output)
             sums = [p.grad for p in self.parameters if p.grad is not None]
             torch._foreach_add_(sums, grads)  # type: ignore[arg-type]
             del grads
         return _Recorded(tuple(inputs), output.detach(), grad_output, forward, backward)
+
+
+def _has_room(device: torch.device) -> bool:
+    total = torch.cuda.get_device_properties(device).total_memory
+    return torch.cuda.max_memory_allocated(device) <= _LARGE_SHARE * total
 
 
 class _Replay(torch.autograd.Function):
