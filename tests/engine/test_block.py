@@ -11,9 +11,11 @@ from halfbyte.engine.block import (
     OutWeights,
 )
 from halfbyte.engine.projections import Projection, Siblings
+from halfbyte.kernels.dropout import dropout
 from halfbyte.kernels.rms_norm import Norm
 
 H, INNER, D = 16, 24, 8
+SEEDS = [None, torch.tensor([3, 1])]
 
 
 def _projection(outputs, inputs):
@@ -22,8 +24,13 @@ def _projection(outputs, inputs):
     return Projection(weight, None, lora_A.requires_grad_(), lora_B.requires_grad_(), 0.7)
 
 
-def _plain(p, x):
-    return x @ p.weight.t() + p.scaling * (x @ p.lora_A.t()) @ p.lora_B.t()
+def _plain(p, x, mask=None):
+    read = x if mask is None else dropout(x, mask)
+    return x @ p.weight.t() + p.scaling * (read @ p.lora_A.t()) @ p.lora_B.t()
+
+
+def _siblings(*projections, salt=0):
+    return Siblings(projections, dropout=0.4, salt=salt)
 
 
 def _plain_norm(x, norm):
@@ -41,23 +48,26 @@ def _close(actual, expected):
         torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-8)
 
 
+@pytest.mark.parametrize("seed", SEEDS, ids=["whole", "dropped"])
 @pytest.mark.parametrize("has_head_norms", [False, True])
-def test_into_attention_equals_autograd(has_head_norms):
+def test_into_attention_equals_autograd(has_head_norms, seed):
     torch.manual_seed(0)
-    group = Siblings((_projection(2 * D, H), _projection(D, H), _projection(D, H)))
+    group = _siblings(_projection(2 * D, H), _projection(D, H), _projection(D, H))
     weights = IntoWeights(group, _norm(H), _norm(3, D) if has_head_norms else None)
     shape = BlockShape(2, 1, D, INNER, "silu")
     x = torch.randn(5, H, dtype=torch.float64, requires_grad=True)
     angle = torch.rand(5, D // 2, dtype=torch.float64).repeat(1, 2)
     cos, sin = angle.cos(), angle.sin()
-    outputs = IntoAttention.apply(x, weights, shape, cos, sin, None, *group.adapters)
+    outputs = IntoAttention.apply(x, weights, shape, cos, sin, seed, *group.adapters)
 
     def turn(t):
         half = torch.cat((-t[..., D // 2 :], t[..., : D // 2]), -1)
         return t * cos[:, None] + half * sin[:, None]
 
     normed = _plain_norm(x, weights.norm)
-    query, key, value = (_plain(p, normed).view(5, -1, D) for p in group.projections)
+    query, key, value = (
+        _plain(p, normed, group.mask(seed)).view(5, -1, D) for p in group.projections
+    )
     rotated = turn(_plain_norm(torch.cat((query, key), 1), weights.head_norm))
     expected = (x, rotated[:, :2], rotated[:, 2:], value)
     _close(outputs, expected)
@@ -68,17 +78,18 @@ def test_into_attention_equals_autograd(has_head_norms):
     )
 
 
+@pytest.mark.parametrize("seed", SEEDS, ids=["whole", "dropped"])
 @pytest.mark.parametrize("everything", [True, False])
 @pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
 @pytest.mark.parametrize("is_one", [False, True])
-def test_out_of_attention_equals_autograd(is_one, activation, everything):
+def test_out_of_attention_equals_autograd(is_one, activation, everything, seed):
     """With gate and up as two projections, or as one and with norms of both branches."""
     torch.manual_seed(0)
     both = (2 * INNER,) if is_one else (INNER, INNER)
     weights = OutWeights(
-        Siblings((_projection(H, 2 * D),)),
-        Siblings(tuple(_projection(outputs, H) for outputs in both)),
-        Siblings((_projection(H, INNER),)),
+        _siblings(_projection(H, 2 * D)),
+        _siblings(*(_projection(outputs, H) for outputs in both), salt=1),
+        _siblings(_projection(H, INNER), salt=2),
         _norm(H),
         *((_norm(H), _norm(H)) if is_one else ()),
     )
@@ -86,12 +97,14 @@ def test_out_of_attention_equals_autograd(is_one, activation, everything):
     attention = torch.randn(5, 2 * D, dtype=torch.float64, requires_grad=True)
     x = torch.randn(5, H, dtype=torch.float64, requires_grad=True)
     keep = Keep(everything=everything)
-    y = OutOfAttention.apply(attention, x, weights, shape, keep, None, *weights.adapters)
-    mid = x + _plain_norm(_plain(weights.o.projections[0], attention), weights.after_o)
+    y = OutOfAttention.apply(attention, x, weights, shape, keep, seed, *weights.adapters)
+    masks = [group.mask(seed) for group in (weights.o, weights.gate_up, weights.down)]
+    mid = x + _plain_norm(_plain(weights.o.projections[0], attention, masks[0]), weights.after_o)
     normed = _plain_norm(mid, weights.norm)
-    gate, up = torch.cat([_plain(p, normed) for p in weights.gate_up.projections], 1).chunk(2, 1)
+    both = [_plain(p, normed, masks[1]) for p in weights.gate_up.projections]
+    gate, up = torch.cat(both, 1).chunk(2, 1)
     act = F.silu(gate) if activation == "silu" else F.gelu(gate, approximate="tanh")
-    down = _plain(weights.down.projections[0], act * up)
+    down = _plain(weights.down.projections[0], act * up, masks[2])
     expected = mid + _plain_norm(down, weights.after_down)
     _close([y], [expected])
     grad = torch.randn_like(y)

@@ -1,7 +1,10 @@
+import dataclasses
+
 import pytest
 import torch
 
 from halfbyte.engine.projections import Projection, Siblings, pairs
+from halfbyte.kernels.dropout import dropout
 from halfbyte.quant.weight import QuantizedWeight
 
 
@@ -21,7 +24,7 @@ def _siblings(*, ranks=(4, 0, 3), scalings=(0.5, 1.0, 2.0), bias=False, quantize
     return Siblings(tuple(projections))
 
 
-def _plain(group, x):
+def _plain(group, x, read):
     outputs = []
     for p in group.projections:
         weight = p.weight
@@ -29,7 +32,7 @@ def _plain(group, x):
             weight = weight.dequantize().double()
         y = x @ weight.t()
         if p.lora_A is not None:
-            y = y + p.scaling * (x @ p.lora_A.t()) @ p.lora_B.t()
+            y = y + p.scaling * (read @ p.lora_A.t()) @ p.lora_B.t()
         outputs.append(y if p.bias is None else y + p.bias)
     return torch.cat(outputs, 1)
 
@@ -43,24 +46,28 @@ CASES = [
 ]
 
 
+@pytest.mark.parametrize("p", [0.0, 0.3])
 @pytest.mark.parametrize("case", CASES)
-def test_outputs_and_all_gradients_equal_autograd(case):
-    group = _siblings(**case)
+def test_outputs_and_all_gradients_equal_autograd(case, p):
+    group = dataclasses.replace(_siblings(**case), dropout=p, salt=3)
+    seed = torch.tensor([1, 2])
     x = torch.randn(7, 64, dtype=torch.float64, requires_grad=True)
-    expected = _plain(group, x)
+    mask = group.mask(seed)
+    expected = _plain(group, x, x if mask is None else dropout(x, mask))
     grad = torch.randn_like(expected)
     expected_grads = torch.autograd.grad(expected, [x, *group.adapters], grad)
     with torch.no_grad():
         x_wide = torch.full((7, 64 + group.rank), torch.nan, dtype=torch.float64)
         x_wide[:, :64] = x
         wide = group.wide(x_wide)
-        xa = group.down_(x_wide, wide, None)
+        xa = group.down_(x_wide, wide, seed)
         actual = group.forward(x_wide, wide, x.new_empty(7, group.outputs))
         grad_wide = torch.full((7, group.outputs + group.rank), torch.nan, dtype=torch.float64)
         grad_wide[:, : group.outputs] = grad
         group.up_(grad_wide, wide)
-        grads = [group.backward_input(grad_wide, wide, None)]
-        grads += pairs(group.grad_A(grad_wide, x, None), group.grad_B(grad_wide, xa))
+        grads = [group.backward_input(grad_wide, wide, seed)]
+        grads_A = group.grad_A_(grad_wide, wide, x, seed, grads[0])
+        grads += pairs(grads_A, group.grad_B(grad_wide, xa))
     torch.testing.assert_close(actual, expected.detach())
     assert len(grads) == len(expected_grads)
     for one, other in zip(grads, expected_grads, strict=True):

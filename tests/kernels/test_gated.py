@@ -3,8 +3,9 @@ import torch
 from torch.nn import functional as F
 
 from halfbyte.kernels import gated
+from halfbyte.kernels.dropout import Mask, add_masked_product_, kept
 
-SHAPES = [(1, 1), (3, 63), (5, 128), (2, 1100), (300, 40)]
+SHAPES = [(1, 1), (3, 63), (5, 128), (2, 1100), (130, 40)]
 
 
 def _reference(gate_up, size, activation):
@@ -63,6 +64,37 @@ def test_triton_twin_equals_the_reference(shape, activation, triton_device, half
     for actual_grad, expected_grad in zip(grads, expected_grads, strict=True):
         assert actual_grad.shape == expected_grad.shape
         assert _error(actual_grad, expected_grad) < 8e-3
+
+
+def _gated_dropout(kernel, gate_up, grad, xa, gb, lora_A, mask):
+    """Return the gradient of gate and up, and down's of A."""
+    result = gate_up.clone()
+    grads = kernel(result, grad.clone(), xa, gb, grad.shape[1], "silu", mask, lora_A)
+    return result[:, : 2 * grad.shape[1]], grads[2]
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (7, 64), (130, 40)])
+def test_dropout_before_down_is_in_both_gradients(shape, triton_device, half_dtype):
+    twin = pytest.importorskip("halfbyte.kernels.gated_triton")
+    tokens, size = shape
+    torch.manual_seed(0)
+    mask = Mask(0.3, torch.tensor([9, 4], device=triton_device), 5)
+    shapes = ((tokens, 2 * size), (tokens, size), (tokens, 4), (tokens, 8), (8, size))
+    inputs = [torch.randn(s, device=triton_device).to(half_dtype) for s in shapes]
+    gate_up, grad, xa, gb, lora_A = (t.double() for t in inputs)
+    leaf = gate_up.clone().requires_grad_()
+    hidden = _reference(leaf, size, "silu")
+    total = add_masked_product_(grad.clone(), gb, lora_A, mask)
+    (expected,) = torch.autograd.grad(hidden, leaf, total)
+    read = torch.where(kept(mask, tokens, size), hidden.detach() * mask.scale, 0)
+    cases = (
+        (gated.gated_backward_, [gate_up, grad, xa, gb, lora_A], 1e-12),
+        (twin.gated_backward_, inputs, 8e-3),
+    )
+    for kernel, arguments, tolerance in cases:
+        actual, grad_A = _gated_dropout(kernel, *arguments, mask)
+        assert _error(actual, expected) < tolerance
+        assert _error(grad_A, gb.t() @ read) < tolerance
 
 
 def test_no_adapters_and_no_tokens_are_fine(triton_device, half_dtype):

@@ -35,10 +35,3 @@ def test_weights_that_stay_are_counted_for_the_whole_step():
     held = stays.owners["dequantized weights that stay"]
     assert 0 <= held - 4 * SHAPE.weight_bytes() < 4 * 512
     assert "dequantize workspace" not in stays.owners
-
-
-def test_dropout_adds_a_copy_of_what_adapters_read():
-    import dataclasses
-
-    dropped = dataclasses.replace(SHAPE, has_dropout=True)
-    assert peak(4096, ["all"], shape=dropped).nbytes >= peak(4096, ["all"]).nbytes

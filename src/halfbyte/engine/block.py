@@ -142,13 +142,14 @@ class IntoAttention(torch.autograd.Function):
         join_heads(grad_heads, before, weights.head_norm, cos, sin, grad_wide)
         wide = qkv.wide_again(x)
         qkv.up_(grad_wide, wide)
-        normed = weights.norm(x)
-        adapters = pairs(qkv.grad_A(grad_wide, normed, seed), qkv.grad_B(grad_wide, xa))
-        del normed
-        if not ctx.needs_input_grad[0]:  # below the first layer is only the frozen embedding
-            return *[None] * 6, *adapters
-        grad_normed = qkv.backward_input(grad_wide, wide, seed)
+        # Below the first layer is only the frozen embedding.
+        is_first = not ctx.needs_input_grad[0]
+        grad_normed = None if is_first else qkv.backward_input(grad_wide, wide, seed)
+        grads_A = qkv.grad_A_(grad_wide, wide, weights.norm(x), seed, grad_normed)
+        adapters = pairs(grads_A, qkv.grad_B(grad_wide, xa))
         del wide, grad_wide
+        if grad_normed is None:
+            return *[None] * 6, *adapters
         grad_x = weights.norm.backward(grad_normed, x, grad_x, columns=qkv.rank)
         return grad_x[:, : x.shape[1]], *[None] * 5, *adapters
 
@@ -211,7 +212,8 @@ class OutOfAttention(torch.autograd.Function):
         group.up_(grad_gate_up, wide)
         grad_normed = group.backward_input(grad_gate_up, wide, seed)
         normed = weights.norm(mid)
-        grads_group = pairs(group.grad_A(grad_gate_up, normed, seed), grads_B)
+        grads_A = group.grad_A_(grad_gate_up, wide, normed, seed, grad_normed)
+        grads_group = pairs(grads_A, grads_B)
         del normed, grad_gate_up, gate_up, wide
         o, size = weights.o, mid.shape[1]
         grad_mid = weights.norm.backward(grad_normed, mid, grad_y, columns=o.rank)
@@ -220,7 +222,8 @@ class OutOfAttention(torch.autograd.Function):
         wide = o.wide_again(grad_y)
         o.up_(grad_wide, wide)
         grad_attention = o.backward_input(grad_wide, wide, seed)
-        grads_o = pairs(o.grad_A(grad_wide, attention, seed), o.grad_B(grad_wide[:, :size], o_xa))
+        grads_A = o.grad_A_(grad_wide, wide, attention, seed, grad_attention)
+        grads_o = pairs(grads_A, o.grad_B(grad_wide[:, :size], o_xa))
         adapters = (*grads_o, *grads_group, *grads_down)
         return grad_attention, grad_mid[:, :size], *[None] * 4, *adapters
 
@@ -324,8 +327,7 @@ def _backward_gated(
     grad_B = down.grad_B(grad_wide[:, : down.outputs], down_xa)
     gate_B, up_B, down_A = gated_backward_(
         gate_up, grad_hidden, gate_up_xa, grad_wide[:, down.outputs :],
-        shape.intermediate_size, shape.activation,
-        down.mask(seed),
+        shape.intermediate_size, shape.activation, down.mask(seed), down.lora_A(wide),
     )  # fmt: skip
     grads_B = _grads_of_both(group, gate_B, up_B)
     return grads_B, pairs(down.split_ranks(down_A), grad_B)

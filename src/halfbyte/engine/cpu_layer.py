@@ -26,7 +26,7 @@ from halfbyte.engine.block import (
 )
 from halfbyte.engine.layer import FusedLayer
 from halfbyte.engine.projections import Projection, Siblings, pairs
-from halfbyte.kernels.dropout import add_masked_product_
+from halfbyte.kernels.dropout import add_masked_product_, dropout
 from halfbyte.kernels.gated import gated_backward_, gated_forward
 from halfbyte.kernels.rms_norm import add_rms_norm
 from halfbyte.kernels.wide import assemble_
@@ -81,8 +81,13 @@ class Group:
             start = end
         if not self.adapted:
             return y, None
-        xa = self.siblings.dropped(x, seed) @ self.lora_A(x).t()
+        xa = self.read(x, seed) @ self.lora_A(x).t()
         return y.addmm_(xa, self.lora_B(x).t()), xa
+
+    def read(self, x: Tensor, seed: Tensor | None) -> Tensor:
+        """Return what the adapters read of x `[T, K]`."""
+        mask = self.siblings.mask(seed)
+        return x if mask is None else dropout(x, mask)
 
     def backward_input(self, grad: Tensor, gb: Tensor | None, seed: Tensor | None) -> Tensor:
         """Return the gradient of x from that of y, `[T, N]`, and `gb`."""
@@ -102,7 +107,7 @@ class Group:
         """Return the float32 gradient of each A."""
         if gb is None:
             return []
-        grad = _wide(gb.t() @ self.siblings.dropped(x, seed))
+        grad = _wide(gb.t() @ self.read(x, seed))
         return [grad[ranks] for _, _, ranks in self.adapted]
 
     def grad_B(self, grad: Tensor, xa: Tensor | None) -> list[Tensor]:  # noqa: N802
@@ -223,7 +228,7 @@ class _OutOfAttention(torch.autograd.Function):
         down_xa = None
         if keep.is_again and weights.after_down is None:  # nobody needs down's product twice
             if groups.down.adapted:
-                read = groups.down.siblings.dropped(hidden, seed)
+                read = groups.down.read(hidden, seed)
                 down_xa = read @ groups.down.lora_A(hidden).t()
             y = torch.empty_like(mid)
         else:

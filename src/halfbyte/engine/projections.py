@@ -21,7 +21,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from halfbyte.kernels.dropout import Mask, add_masked_product_, dropout
+from halfbyte.kernels.dropout import Mask
+from halfbyte.kernels.skinny import product_float32, rank_gradient, rank_product_
 from halfbyte.kernels.wide import assemble_
 from halfbyte.quant.weight import QuantizedWeight
 
@@ -149,28 +150,24 @@ class Siblings:
 
         The copy `[T, R]` is what `grad_B` is made from.
         """
-        xa = x_wide[:, self.inputs :]
-        if self.rank:
-            read = self.dropped(x_wide[:, : self.inputs], seed)
-            torch.mm(read, wide[self.outputs :, : self.inputs].t(), out=xa)
-        return self._scaled(xa)
-
-    def dropped(self, x: Tensor, seed: Tensor | None) -> Tensor:
-        """Return what the adapters read of x `[T, K]`."""
-        mask = self.mask(seed)
-        return x if mask is None else dropout(x, mask)
+        x, border = x_wide[:, : self.inputs], x_wide[:, self.inputs :]
+        if not self.rank:
+            return border
+        scaling = 1.0 if self.scaling is None else self.scaling
+        xa = rank_product_(border, x, self.lora_A(wide).t(), mask=self.mask(seed), scaling=scaling)
+        return xa if self.scaling is not None else xa * self._scalings(xa)
 
     def mask(self, seed: Tensor | None) -> Mask | None:
         """Return what this seed drops, or None where nothing is dropped."""
-        return Mask(self.dropout, seed, self.salt) if seed is not None and self.dropout else None
+        if seed is None or not self.dropout or not self.rank:
+            return None
+        return Mask(self.dropout, seed, self.salt)
 
-    def _scaled(self, xa: Tensor) -> Tensor:
-        if self.scaling is not None:
-            return xa * self.scaling
-        ranks = [(p.rank, p.scaling) for p in self.projections]
-        parts = [xa.new_full((rank,), scaling) for rank, scaling in ranks]
-        padding = xa.new_zeros(self.rank - sum(rank for rank, _ in ranks))
-        return xa * torch.cat([*parts, padding])
+    def _scalings(self, like: Tensor) -> Tensor:
+        """Return each sibling's scaling, as often as it has ranks: `[R]`."""
+        parts = [like.new_full((p.rank,), p.scaling) for p in self.projections]
+        padding = like.new_zeros(self.rank - sum(p.rank for p in self.projections))
+        return torch.cat([*parts, padding])
 
     def forward(self, x_wide: Tensor, wide: Tensor, out: Tensor) -> Tensor:
         """Write all siblings' outputs into `out` `[T, N]` and return it."""
@@ -186,23 +183,44 @@ class Siblings:
     def up_(self, grad_wide: Tensor, wide: Tensor) -> None:
         """Write `dy B`, scaled, into the last R columns of `grad_wide` `[T, N + R]`."""
         if self.rank:
-            border = grad_wide[:, self.outputs :]
-            torch.mm(grad_wide[:, : self.outputs], wide[: self.outputs, self.inputs :], out=border)
+            grad, border = grad_wide[:, : self.outputs], grad_wide[:, self.outputs :]
+            rank_product_(border, grad, wide[: self.outputs, self.inputs :])
 
     def backward_input(self, grad_wide: Tensor, wide: Tensor, seed: Tensor | None) -> Tensor:
-        """Return the gradient of x `[T, K]` from `grad_wide`, which `up_` has completed."""
-        mask = self.mask(seed)
-        if mask is None or not self.rank:
-            return torch.mm(grad_wide, wide[:, : self.inputs])
-        grad_x = torch.mm(grad_wide[:, : self.outputs], wide[: self.outputs, : self.inputs])
-        gb, lora_A = grad_wide[:, self.outputs :], wide[self.outputs :, : self.inputs]
-        return add_masked_product_(grad_x, gb, lora_A, mask)
+        """Return the gradient of x `[T, K]` from `grad_wide`, which `up_` has completed.
 
-    def grad_A(self, grad_wide: Tensor, x: Tensor, seed: Tensor | None) -> list[Tensor]:  # noqa: N802
-        """Return the float32 gradient of each sibling's A, from `up_`'s border and x."""
+        Where elements are dropped, the adapters' share is missing: whoever makes the gradient of A
+        adds it (`grad_A_` here, `gated_backward_` for down), with the mask at hand.
+        """
+        if self.mask(seed) is None:
+            return torch.mm(grad_wide, wide[:, : self.inputs])
+        return torch.mm(grad_wide[:, : self.outputs], wide[: self.outputs, : self.inputs])
+
+    def lora_A(self, wide: Tensor) -> Tensor:  # noqa: N802
+        """Return all A, one below the other, as they stand in the wide matrix: `[R, K]`."""
+        return wide[self.outputs :, : self.inputs]
+
+    def grad_A_(  # noqa: N802
+        self,
+        grad_wide: Tensor,
+        wide: Tensor,
+        x: Tensor,
+        seed: Tensor | None,
+        grad_x: Tensor | None,
+    ) -> list[Tensor]:
+        """Return the float32 gradient of each sibling's A; complete `grad_x` of `backward_input`.
+
+        Args:
+            grad_wide: With the border of `up_`.
+            wide: The wide matrix.
+            x: `[T, K]`, what the projections read.
+            seed: Of the forward.
+            grad_x: Its gradient, or None where nobody needs it.
+        """
         if not self.rank:
             return []
-        grad = product_float32(grad_wide[:, self.outputs :].t(), self.dropped(x, seed))
+        border = grad_wide[:, self.outputs :]
+        grad = rank_gradient(border, x, self.mask(seed), self.lora_A(wide), grad_x)
         return self.split_ranks(grad)
 
     def grad_B(self, grad_wide: Tensor, xa: Tensor) -> list[Tensor]:  # noqa: N802
@@ -224,11 +242,3 @@ class Siblings:
 def pairs(grads_A: list[Tensor], grads_B: list[Tensor]) -> list[Tensor]:
     """Return the gradients in the order of `Siblings.adapters`."""
     return [grad for pair in zip(grads_A, grads_B, strict=True) for grad in pair]
-
-
-def product_float32(a: Tensor, b: Tensor) -> Tensor:
-    """Return `a @ b` as float32 (or float64), without rounding the sum to the inputs' dtype."""
-    if a.is_cuda and a.dtype != torch.float32:
-        return torch.mm(a, b, out_dtype=torch.float32)
-    wide = torch.promote_types(a.dtype, torch.float32)
-    return torch.mm(a.to(wide), b.to(wide))

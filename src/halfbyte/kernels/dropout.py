@@ -1,11 +1,13 @@
 """Dropout whose mask is a function of a seed, so that it is made again instead of kept.
 
-Shape letters: T tokens, K features, R LoRA ranks. The seed lies on the device, so that a CUDA graph
-replays with a new one. With it lies the number of the first row: a batch that is cut in two drops
-what it would have dropped whole.
+Shape letters: T tokens, K features, R LoRA ranks. Whether an element stays is a pure function of
+(seed, salt, row, column): two neighbouring columns share one 32-bit hash of a counter, 16 bits
+each, which are compared with p. The hash is two rounds of multiply and xorshift ("lowbias32", C.
+Wellons, https://nullprogram.com/blog/2018/07/31/) with half of the key between them: fast enough
+that kernels which read x at the memory's speed can make the mask on the way.
 
-    dropout            xd = mask(x) / (1 - p)                     what LoRA's A reads
-    add_masked_product_  dx += mask(g A) / (1 - p)                what A's input gets back
+The seed lies on the device, so that a CUDA graph replays with a new one. With it lies the number of
+the first row: a batch that is cut in two drops what it would have dropped whole.
 """
 
 from typing import NamedTuple
@@ -13,17 +15,20 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from halfbyte.kernels.dispatch import accelerated
-
-# An odd constant, so that neighbouring salts have seeds that are far apart.
-SALT_FACTOR = 0x3C6EF373
+# Rows of a batch start so far apart (2^32 / golden ratio, odd) that counters of two rows do not
+# meet: up to 29,000 pairs of columns within 65,536 rows.
+GOLDEN = 0x9E3779B1
+_FIRST, _SECOND = 0x7FEB352D, 0x846CA68B
+_WORD = 0xFFFFFFFF
+_STEPS = 1 << 16
 
 
 class Mask(NamedTuple):
     """Which elements are dropped.
 
     Args:
-        p: Probability, in [0, 1).
+        p: Probability, in [0, 1). It is rounded to a multiple of 2^-16: 0.05 becomes 0.0500031,
+            below 2^-17 nothing is dropped.
         seed: int64 `[2]` on the device: the seed, and the number of the first row.
         salt: Tells the places of a model apart that share a seed.
     """
@@ -32,32 +37,51 @@ class Mask(NamedTuple):
     seed: Tensor
     salt: int
 
+    @property
+    def threshold(self) -> int:
+        """An element is dropped where its 16 bits are below this."""
+        return min(round(self.p * _STEPS), _STEPS - 1)
 
-def _scaled(mask: Mask, like: Tensor) -> Tensor:
-    """Return 0 where an element is dropped and 1 / (1 - p) elsewhere."""
-    seed, first_row = mask.seed.tolist()
-    generator = torch.Generator(like.device)
-    generator.manual_seed((seed + mask.salt * SALT_FACTOR) % 2**63)
-    shape = (first_row + like.shape[0], like.shape[1])
-    kept = torch.rand(shape, generator=generator, device=like.device)[first_row:] >= mask.p
-    return kept.to(like.dtype) / (1.0 - mask.p)
+    @property
+    def scale(self) -> float:
+        """What stays is multiplied by this: one over the exact probability of staying."""
+        return _STEPS / (_STEPS - self.threshold)
 
 
-@accelerated
+def _mix(x: Tensor, key: Tensor | int = 0) -> Tensor:
+    """Return a hash of `x`, int64 that holds 32 bits."""
+    x = (x ^ (x >> 16)) * _FIRST & _WORD
+    x = (x ^ (x >> 15) ^ key) * _SECOND & _WORD
+    return x ^ (x >> 16)
+
+
+def kept(mask: Mask, rows: int, columns: int) -> Tensor:
+    """Return bool `[rows, columns]` on the device of the mask's seed: where an element stays."""
+    device = mask.seed.device
+    seed, first_row = mask.seed.unbind()
+    low = (seed & _WORD) + mask.salt * GOLDEN & _WORD
+    first = _mix(_mix(low) ^ (seed >> 32 & _WORD))
+    key = _mix(first + GOLDEN & _WORD)
+    row = first_row + torch.arange(rows, device=device)
+    pair = torch.arange(-(-columns // 2), device=device)
+    bits = _mix((first + row * GOLDEN)[:, None] + pair & _WORD, key)
+    halves = torch.stack((bits & _STEPS - 1, bits >> 16), -1)
+    return halves.flatten(1)[:, :columns] >= mask.threshold
+
+
 def dropout(x: Tensor, mask: Mask) -> Tensor:
-    """Return `x` `[T, K]` (any floating dtype; rows may have a pitch) with elements zeroed."""
-    return x * _scaled(mask, x)
+    """Return `x` `[T, K]` (any floating dtype) with elements zeroed and the others scaled."""
+    return torch.where(kept(mask, *x.shape), x * mask.scale, 0)
 
 
-@accelerated
 def add_masked_product_(grad_x: Tensor, gb: Tensor, lora_A: Tensor, mask: Mask) -> Tensor:
-    """Add `mask(gb @ lora_A) / (1 - p)` to `grad_x` and return it.
+    """Add the gradient through dropout, `dropout(gb @ lora_A)`, to `grad_x` and return it.
 
     Args:
-        grad_x: `[T, K]`, contiguous.
-        gb: `[T, R]`, scaled `dy B` (rows may have a pitch).
-        lora_A: `[R, K]` (rows may have a pitch).
+        grad_x: `[T, K]`.
+        gb: `[T, R]`, scaled `dy B`.
+        lora_A: `[R, K]`.
         mask: That of the forward.
     """
-    grad_x += (gb @ lora_A) * _scaled(mask, grad_x)
+    grad_x += dropout(gb @ lora_A, mask)
     return grad_x

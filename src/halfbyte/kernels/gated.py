@@ -5,7 +5,8 @@ of GELU (GeGLU); Shazeer 2020, arXiv 2002.05202.
 
 The backward also makes the gradients of the adapters that stand around it: those of B of gate and
 up, and of A of down. All three are sums over tokens of what is in registers just then; made apart,
-they would read 6 I elements of a token again, and the gated product would have to be written.
+they would read 6 I elements of a token again, and the gated product would have to be written. With
+dropout before down's A, the gradient that comes through it is added there too: its mask is at hand.
 """
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from halfbyte.kernels.dispatch import accelerated
-from halfbyte.kernels.dropout import Mask, dropout
+from halfbyte.kernels.dropout import Mask, add_masked_product_, dropout
 
 ACTIVATIONS = ("silu", "gelu_tanh")
 
@@ -49,22 +50,27 @@ def gated_backward_(
     size: int,
     activation: str,
     mask: Mask | None = None,
+    lora_A: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Put the gradient of gate and up in their place; return gradients of the adapters around it.
 
     Args:
         gate_up: `[T, >= 2 I]` as in the forward; columns `[0, 2 I)` become their gradient.
-        grad_hidden: `[T, I]`, the gradient of the gated product.
+        grad_hidden: `[T, I]`, the gradient of the gated product (its content may be lost).
         gate_up_xa: `[T, R1]`, the scaled `x A^T` of gate and up.
         down_gb: `[T, R2]`, the scaled `dy B` of down (rows may have a pitch).
         size: I.
         activation: One of `ACTIVATIONS`.
         mask: Of the dropout of what down's A reads, or None.
+        lora_A: `[R2, I]`, down's A; with a mask, `down_gb @ lora_A`, dropped, is added to
+            `grad_hidden` first. None: it is in there.
 
     Returns:
         float32 `[I, R1]` and `[I, R1]`, the gradients of B of gate and of up against every column
         of `gate_up_xa`; and float32 `[R2, I]`, the gradient of A of down.
     """
+    if mask is not None and lora_A is not None:
+        grad_hidden = add_masked_product_(grad_hidden, down_gb, lora_A, mask)
     with torch.enable_grad():
         wide = gate_up[:, : 2 * size].to(torch.promote_types(gate_up.dtype, torch.float32))
         wide = wide.detach().requires_grad_()

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from halfbyte.kernels import gated, native
-from halfbyte.kernels.dropout import Mask, dropout
+from halfbyte.kernels.dropout import Mask, add_masked_product_, dropout
 
 
 def gated_forward(gate_up: Tensor, size: int, activation: str, *, columns: int = 0) -> Tensor:
@@ -33,12 +33,15 @@ def gated_backward_(
     size: int,
     activation: str,
     mask: Mask | None = None,
+    lora_A: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     library = native.library()
     if library is None or not native.has_rows(gate_up, grad_hidden):
         return gated.gated_backward_.__wrapped__(  # type: ignore[attr-defined]
-            gate_up, grad_hidden, gate_up_xa, down_gb, size, activation, mask
+            gate_up, grad_hidden, gate_up_xa, down_gb, size, activation, mask, lora_A
         )
+    if mask is not None and lora_A is not None:
+        grad_hidden = add_masked_product_(grad_hidden, down_gb, lora_A, mask)
     hidden = gate_up.new_empty(gate_up.shape[0], size)
     library.hb_gated_backward(
         gate_up.data_ptr(),

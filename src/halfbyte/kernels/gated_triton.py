@@ -6,7 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from halfbyte.kernels.dropout import Mask
-from halfbyte.kernels.dropout_triton import kept
+from halfbyte.kernels.dropout_triton import kept, row_keys
 
 # 4 warps x 8 elements of 16 bits = 16 bytes a thread and access.
 _BLOCK = 1024
@@ -50,20 +50,27 @@ def _gated_forward_kernel(
     tl.store(out_ptr + row * stride_out + offs, out.to(gate.dtype), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["salt", "threshold", "T"])
 def _gated_backward_kernel(
-    gate_up_ptr, grad_ptr, xa_ptr, gb_ptr, out_ptr, seed_ptr, p, salt,
-    stride_in, stride_grad, stride_xa, stride_gb, T, size, tokens_per_split,
+    gate_up_ptr, grad_ptr, xa_ptr, gb_ptr, A_ptr, out_ptr, seed_ptr, salt, threshold, scale,
+    stride_in, stride_grad, stride_xa, stride_gb, stride_A, T, size, tokens_per_split,
     R1: tl.constexpr, R2: tl.constexpr, BLOCK_R1: tl.constexpr, BLOCK_R2: tl.constexpr,
-    ACT: tl.constexpr, DROPS: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_T: tl.constexpr,
+    ACT: tl.constexpr, DROPS: tl.constexpr, ADDS: tl.constexpr,
+    BLOCK_I: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
-    columns = tl.program_id(0) * BLOCK_I + tl.arange(0, BLOCK_I)
+    first_column = tl.program_id(0) * BLOCK_I
+    columns = first_column + tl.arange(0, BLOCK_I)
     column_mask = columns < size
     split = tl.program_id(1).to(tl.int64)
     ranks1, ranks2 = tl.arange(0, BLOCK_R1), tl.arange(0, BLOCK_R2)
     grad_gate = tl.zeros((BLOCK_I, BLOCK_R1), tl.float32)
     grad_up = tl.zeros((BLOCK_I, BLOCK_R1), tl.float32)
     grad_down = tl.zeros((BLOCK_I, BLOCK_R2), tl.float32)
+    if ADDS:
+        A = tl.load(
+            A_ptr + ranks2[:, None] * stride_A + columns[None, :],
+            mask=(ranks2 < R2)[:, None] & column_mask[None, :], other=0.0,
+        )  # fmt: skip
     first = split * tokens_per_split
     for start in range(0, tokens_per_split, BLOCK_T):
         rows = first + start + tl.arange(0, BLOCK_T)
@@ -75,6 +82,19 @@ def _gated_backward_kernel(
         grad_ptrs = grad_ptr + rows[:, None] * stride_grad + columns[None, :]
         grad = tl.load(grad_ptrs, mask=mask, other=0.0).to(tl.float32)
         act, slope = _act_and_slope(gate.to(tl.float32), ACT)
+        if R2 > 0:
+            gb = tl.load(
+                gb_ptr + rows[:, None] * stride_gb + ranks2[None, :],
+                mask=row_mask[:, None] & (ranks2 < R2)[None, :], other=0.0,
+            )  # fmt: skip
+            hidden = (act * up).to(gate.dtype)
+            if DROPS:
+                keys, key = row_keys(seed_ptr, salt, rows)
+                stays = kept(keys, key, first_column, threshold, BLOCK_T, BLOCK_I)
+                hidden = tl.where(stays, hidden, 0.0)
+                if ADDS:
+                    product = tl.dot(gb, A, input_precision="ieee") * scale
+                    grad += tl.where(stays, product, 0.0)
         d_gate = (grad * up * slope).to(gate.dtype)
         d_up = (grad * act).to(gate.dtype)
         tl.store(gate_ptrs, d_gate, mask=mask)
@@ -87,14 +107,6 @@ def _gated_backward_kernel(
             grad_gate = tl.dot(tl.trans(d_gate), xa, grad_gate, input_precision="ieee")
             grad_up = tl.dot(tl.trans(d_up), xa, grad_up, input_precision="ieee")
         if R2 > 0:
-            gb = tl.load(
-                gb_ptr + rows[:, None] * stride_gb + ranks2[None, :],
-                mask=row_mask[:, None] & (ranks2 < R2)[None, :], other=0.0,
-            )  # fmt: skip
-            hidden = (act * up).to(gate.dtype)
-            if DROPS:
-                stays = kept(seed_ptr, salt, rows[:, None], columns[None, :], size, p)
-                hidden = tl.where(stays, hidden.to(tl.float32) / (1.0 - p), 0.0).to(gate.dtype)
             grad_down = tl.dot(tl.trans(hidden), gb, grad_down, input_precision="ieee")
     # Partial sums of a split, each [size, 2 R1 + R2]; the host's sum over splits keeps an order.
     width = 2 * R1 + R2
@@ -105,7 +117,7 @@ def _gated_backward_kernel(
         tl.store(base + R1 + ranks1[None, :], grad_up, mask=mask1)
     if R2 > 0:
         mask2 = column_mask[:, None] & (ranks2 < R2)[None, :]
-        tl.store(base + 2 * R1 + ranks2[None, :], grad_down, mask=mask2)
+        tl.store(base + 2 * R1 + ranks2[None, :], grad_down * scale, mask=mask2)
 
 
 def gated_forward(gate_up: Tensor, size: int, activation: str, *, columns: int = 0) -> Tensor:
@@ -126,6 +138,7 @@ def gated_backward_(
     size: int,
     activation: str,
     mask: Mask | None = None,
+    lora_A: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     T, R1, R2 = gate_up.shape[0], gate_up_xa.shape[1], down_gb.shape[1]
     # [64, 32] tiles took 513 us at 8,192 tokens of Llama 8B on an H100, [128, 32] ones 593 to 619.
@@ -135,16 +148,18 @@ def gated_backward_(
     splits = max(1, min(triton.cdiv(_PROGRAMS, column_blocks), triton.cdiv(T, 4 * block_t)))
     tokens = triton.cdiv(triton.cdiv(T, splits), block_t) * block_t
     shape = (splits, size, 2 * R1 + R2)
-    partial = torch.zeros(shape, dtype=torch.float32, device=gate_up.device)
+    new = torch.empty if T else torch.zeros
+    partial = new(shape, dtype=torch.float32, device=gate_up.device)
+    A = partial if lora_A is None else lora_A
     if T:
         _gated_backward_kernel[(column_blocks, splits)](
-            gate_up, grad_hidden, gate_up_xa, down_gb, partial,
-            *((partial, 0.0, 0) if mask is None else (mask.seed, mask.p, mask.salt)),
+            gate_up, grad_hidden, gate_up_xa, down_gb, A, partial,
+            *((partial, 0, 0, 1.0) if mask is None else (*mask[1:], mask.threshold, mask.scale)),
             gate_up.stride(0), grad_hidden.stride(0), gate_up_xa.stride(0), down_gb.stride(0),
-            T, size, tokens,
+            A.stride(0), T, size, tokens,
             R1=R1, R2=R2, BLOCK_R1=max(triton.next_power_of_2(R1), 16),
             BLOCK_R2=max(triton.next_power_of_2(R2), 16),
-            ACT=activation, DROPS=mask is not None,
+            ACT=activation, DROPS=mask is not None, ADDS=A is lora_A and mask is not None,
             BLOCK_I=block_i, BLOCK_T=block_t, num_warps=4,
         )  # fmt: skip
     total = partial.sum(0) if splits > 1 else partial[0]

@@ -48,7 +48,6 @@ class FusedShape:
         intermediate: I.
         qkv, o, gate_up, down: The projections.
         itemsize: Bytes of an activation.
-        has_dropout: Whether adapters read a dropped copy.
     """
 
     hidden: int
@@ -60,7 +59,6 @@ class FusedShape:
     gate_up: Group
     down: Group
     itemsize: int = 2
-    has_dropout: bool = False
 
     @property
     def groups(self) -> tuple[Group, ...]:
@@ -137,9 +135,6 @@ class FusedStep:
     def _wide(self, group: Group) -> int:
         return 0 if self._staying else group.wide_elements() * self.shape.itemsize
 
-    def _dropped(self, columns: int) -> int:
-        return self._rows(columns) if self.shape.has_dropout else 0
-
     def _saved_in_attention(self) -> list[int]:
         shape = self.shape
         return [
@@ -160,7 +155,6 @@ class FusedStep:
         with (
             ledger.hold(WEIGHTS, self._wide(shape.qkv)),
             ledger.hold(WORK, self._rows(shape.hidden + shape.qkv.rank)),
-            ledger.hold(WORK, self._dropped(shape.hidden)),
         ):
             self._take(self._saved_in_attention()[:2])
         self._take(self._saved_in_attention()[2:])
@@ -169,8 +163,7 @@ class FusedStep:
             ledger.hold(WORK, self._rows(shape.intermediate + shape.down.rank)),
             ledger.hold(WEIGHTS, self._wide(shape.down)),
         ):
-            with ledger.hold(WORK, self._dropped(shape.intermediate)):
-                ledger.take(SAVED, self._rows(shape.down.rank))
+            ledger.take(SAVED, self._rows(shape.down.rank))
             ledger.take(SAVED, self._rows(shape.hidden))  # y
         if keep != "all":
             self._give(self._saved_in_mlp())
@@ -185,13 +178,12 @@ class FusedStep:
         mid, o_xa, gate_up_xa, gate_up = self._saved_in_mlp()
         with (
             ledger.hold(WEIGHTS, self._wide(shape.o)),
-            ledger.hold(WORK, border, self._rows(shape.hidden), self._dropped(shape.width)),
+            ledger.hold(WORK, border, self._rows(shape.hidden)),
         ):
             self._take([o_xa, mid])
             ledger.take(WORK, normed)
         with ledger.hold(WEIGHTS, self._wide(shape.gate_up)):
-            with ledger.hold(WORK, self._dropped(shape.hidden)):
-                ledger.take(SAVED, gate_up_xa)
+            ledger.take(SAVED, gate_up_xa)
             ledger.take(SAVED, gate_up)
         ledger.give(WORK, normed)
 
@@ -246,7 +238,7 @@ class FusedStep:
         ledger.take(ADAPTER_GRADS, grads)
         with (
             ledger.hold(WEIGHTS, self._wide(shape.gate_up)),
-            ledger.hold(WORK, hidden, self._dropped(shape.hidden)),
+            ledger.hold(WORK, hidden),
         ):
             ledger.take(WORK, hidden)  # the gradient of the norm's output
         if frees_early:
@@ -277,10 +269,10 @@ class FusedStep:
             ledger.hold(WORK, self._rows(shape.qkv.outputs + shape.qkv.rank)),
             ledger.hold(WEIGHTS, self._wide(shape.qkv)),
         ):
-            with ledger.hold(WORK, hidden, self._dropped(shape.hidden)):
-                ledger.take(ADAPTER_GRADS, grads)
             if not is_first:
                 ledger.take(WORK, hidden)
+            with ledger.hold(WORK, hidden):  # x normed
+                ledger.take(ADAPTER_GRADS, grads)
         if not is_first:
             ledger.take(WORK, self._rows(shape.qkv.rank))  # the border of the new gradient
             ledger.give(WORK, self._rows(shape.qkv.rank))

@@ -23,7 +23,6 @@ def fused_shape(body: FusedBody, itemsize: int) -> FusedShape:
         gate_up=_group(layer.out.gate_up),
         down=_group(layer.out.down),
         itemsize=itemsize,
-        has_dropout=layer.has_dropout,
     )
 
 
