@@ -241,3 +241,15 @@ def test_refuses_scales_of_another_length():
         nf4.dequantize_nested(packed, absmax_u8, nested_absmax, table[:255], offset, **options)
     with pytest.raises(QuantizationError, match="1 nested scales"):
         nf4.dequantize_nested(packed, absmax_u8, nested_absmax[:0], table, offset, **options)
+
+
+@pytest.mark.parametrize("numel", [1, 255, 256, 1300])
+def test_codes_of_scales_equal_the_reference_on_a_cpu(numel):
+    torch.manual_seed(0)
+    values = torch.randn(numel) * 10.0 ** torch.randint(-6, 1, (numel,))
+    values[256:512] = 0
+    expected = nf4.reference_quantize_blockwise(values)
+    for ours, theirs in zip(nf4_cpu.quantize_blockwise(values), expected, strict=True):
+        assert same_bits(ours, theirs)
+    values[0] = torch.nan
+    assert nf4_cpu.quantize_blockwise(values)[1][0].isnan()

@@ -17,6 +17,7 @@
 
 #define MAX_BLOCK 4096
 #define NESTED_BLOCK 256 /* of double quantization, and of the moments of AdamW */
+#define NESTED_BINS 65536 /* of [-1, 1], in which the codes of double quantization are looked up */
 #define SIGNED_ZERO 127  /* index of 0 in the signed dynamic map */
 #define PARALLEL_FROM 32768 /* elements; below it waking a thread costs more than the work */
 
@@ -182,7 +183,7 @@ void hb_quantize(const void *source, const float *thresholds, const uint8_t *ord
 #pragma omp parallel for schedule(static) num_threads(threads) if (numel >= PARALLEL_FROM)
     for (int64_t b = 0; b < blocks; b++) {
         float x[MAX_BLOCK + 1];
-        uint8_t code[MAX_BLOCK];
+        int32_t code[MAX_BLOCK]; /* as wide as x, so that compilers vectorize the comparisons */
         int64_t start = b * block, left = numel - start;
         int64_t count = left < block ? left : block;
         load(source, start, count, dtype, x);
@@ -199,14 +200,38 @@ void hb_quantize(const void *source, const float *thresholds, const uint8_t *ord
         x[count] = 0.0f; /* pads an odd count: a full block is even, so this stays inside */
         count += count % 2;
         for (int64_t i = 0; i < count; i++) {
-            uint8_t rank = 0;
+            int32_t rank = 0;
             /* Written so that a NaN ranks highest, as in torch.bucketize. */
             for (int k = 0; k < 15; k++) rank += !(x[i] <= thresholds[k]);
             code[i] = rank;
         }
+        if (order)
+            for (int64_t i = 0; i < count; i++) code[i] = order[code[i]];
         uint8_t *to = packed + start / 2;
         for (int64_t j = 0; j < count / 2; j++)
-            to[j] = (uint8_t)(order[code[2 * j]] << 4 | order[code[2 * j + 1]]);
+            to[j] = (uint8_t)(code[2 * j] << 4 | code[2 * j + 1]);
+    }
+}
+
+/* Scales to the signed dynamic map. bitsandbytes looks codes up by bin, as code_of_bin does. */
+void hb_quantize_blockwise(const float *values, const uint8_t *code_of_bin, uint8_t *codes,
+                           float *absmax, int64_t numel, int threads) {
+    int64_t blocks = (numel + NESTED_BLOCK - 1) / NESTED_BLOCK;
+#pragma omp parallel for schedule(static) num_threads(threads) if (numel >= PARALLEL_FROM)
+    for (int64_t b = 0; b < blocks; b++) {
+        int32_t bin[NESTED_BLOCK];
+        int64_t start = b * NESTED_BLOCK, left = numel - start;
+        int64_t count = left < NESTED_BLOCK ? left : NESTED_BLOCK;
+        absmax[b] = largest_magnitude(values + start, count);
+        float inverse = 1.0f / absmax[b];
+        for (int64_t i = 0; i < count; i++) {
+            float x = values[start + i] * inverse;
+            x = x < 1.0f ? x : 1.0f; /* NaN too: its bin is in the table, and its code 0 below */
+            x = x > -1.0f ? x : -1.0f;
+            bin[i] = (int32_t)((x + 1.0f) * 0.5f * (NESTED_BINS - 1) + 0.5f);
+        }
+        for (int64_t i = 0; i < count; i++)
+            codes[start + i] = absmax[b] > 0.0f ? code_of_bin[bin[i]] : 0;
     }
 }
 

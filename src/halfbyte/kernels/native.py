@@ -38,6 +38,7 @@ _TIMEOUT_SECONDS = 120
 _FUNCTIONS = (
     "hb_dequantize",
     "hb_quantize",
+    "hb_quantize_blockwise",
     "hb_adamw8",
     "hb_softmax_loss",
     "hb_add_rms_norm",
@@ -145,6 +146,7 @@ def _declare(loaded: ctypes.CDLL) -> ctypes.CDLL:
     loaded.hb_quantize.argtypes = [
         *[pointer] * 3, ctypes.c_float, pointer, pointer, long, long, integer, integer,
     ]  # fmt: skip
+    loaded.hb_quantize_blockwise.argtypes = [*[pointer] * 4, long, integer]
     loaded.hb_adamw8.argtypes = [pointer] * 10 + [long, pointer, integer]
     loaded.hb_softmax_loss.argtypes = [
         *[pointer] * 3, long, long, ctypes.c_float, integer, integer,

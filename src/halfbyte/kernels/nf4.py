@@ -227,18 +227,20 @@ def reference_quantize_blockwise(
     if (rule or device.type) == "cuda":
         codes = torch.bucketize(scaled, codebooks.dynamic_thresholds().to(device))
     else:
-        codes = _nearest_binned(scaled, codebooks.dynamic_map().to(device))
+        bins = (scaled.clamp(-1, 1) + 1.0) * 0.5 * (_NESTED_BINS - 1) + 0.5
+        codes = code_of_bin().to(device)[bins.nan_to_num().int()]
     codes = torch.where(nested_absmax[:, None] > 0, codes, 0).to(torch.uint8)
     return codes.view(-1)[:numel], nested_absmax
 
 
-def _nearest_binned(x: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
-    """Return the index nearest to the centre of x's bin; a tie goes to the lower one (CPU)."""
-    bins = ((x.clamp(-1, 1) + 1.0) * 0.5 * (_NESTED_BINS - 1) + 0.5).int()
-    centre = bins.float() / (_NESTED_BINS - 1) * 2.0 - 1.0
+def code_of_bin() -> torch.Tensor:
+    """Return uint8 [65536]: the index nearest to each bin's centre; a tie goes to the lower one."""
+    table = codebooks.dynamic_map()
+    centre = torch.arange(_NESTED_BINS, device="cpu").float() / (_NESTED_BINS - 1) * 2.0 - 1.0
     upper = torch.bucketize(centre, table).clamp(1, 255)
     lower = upper - 1
-    return torch.where(table[upper] - centre < centre - table[lower], upper, lower)
+    nearest = torch.where(table[upper] - centre < centre - table[lower], upper, lower)
+    return nearest.to(torch.uint8)
 
 
 def reference_dequantize_nested(  # noqa: PLR0913 - a double-quantized weight is five tensors

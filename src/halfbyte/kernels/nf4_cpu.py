@@ -27,12 +27,13 @@ def quantize_4bit(
     weight = weight.contiguous()
     numel = weight.numel()
     thresholds, order = codebooks.thresholds(quant_type), codebooks.codes_by_rank(quant_type)
+    is_sorted = quant_type == "nf4"
     packed = weight.new_empty(((numel + 1) // 2, 1), dtype=torch.uint8)
     absmax = weight.new_empty((-(-numel // block_size),), dtype=torch.float32)
     library.hb_quantize(
         weight.data_ptr(),
         thresholds.data_ptr(),
-        order.data_ptr(),
+        None if is_sorted else order.data_ptr(),
         nf4.SMALLEST_ABSMAX_CPU,
         packed.data_ptr(),
         absmax.data_ptr(),
@@ -85,6 +86,29 @@ def dequantize_nested(
     nested = (absmax_u8.contiguous(), nested_map.contiguous(), offset)
     fill_(library, out, packed, nested_absmax, nested, block_size=block_size, quant_type=quant_type)
     return out
+
+
+def quantize_blockwise(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    library = native.library()
+    if library is None:
+        return nf4.reference_quantize_blockwise(values)
+    values = values.contiguous()
+    codes = torch.empty_like(values, dtype=torch.uint8)
+    absmax = values.new_empty((-(-values.numel() // nf4.NESTED_BLOCK_SIZE),))
+    library.hb_quantize_blockwise(
+        values.data_ptr(),
+        _code_of_bin(),
+        codes.data_ptr(),
+        absmax.data_ptr(),
+        values.numel(),
+        torch.get_num_threads(),
+    )
+    return codes, absmax
+
+
+@functools.cache
+def _code_of_bin() -> bytes:
+    return nf4.code_of_bin().numpy().tobytes()
 
 
 def fill_(

@@ -22,6 +22,7 @@ from halfbyte.kernels import codebooks, nf4
 
 # 2 KiB of codes a program: 16 bytes for each of 128 threads.
 _TILE = 4096
+_DEQUANTIZE_TILE = 4096
 _NESTED_BLOCKS_AT_ONCE = 4
 _SMALLEST_NORMAL = tl.constexpr(2.0**-126)
 _SMALLEST_NORMAL_BITS = tl.constexpr(0x00800000)
@@ -228,8 +229,8 @@ def dequantize_nested(
 def _dequantize_into(out, packed, scales, nested, block_size, quant_type):
     """Fill `out`; `nested` is the codes, map and offset of scales in eight bits, or None."""
     numel = out.numel()
-    width = min(block_size, _TILE)
-    rows = _TILE // width
+    width = min(block_size, _DEQUANTIZE_TILE)
+    rows = _DEQUANTIZE_TILE // width
     codes, nested_map, offset = nested or (scales, scales, scales)
     with torch.cuda.device_of(packed):
         _dequantize_kernel[(triton.cdiv(numel, rows * width),)](
