@@ -29,8 +29,8 @@ def taught(tiny_base, tokenizer):
     ]
     batch = tokenizer(texts, return_tensors="pt", padding=True, padding_side="right")
     labels = batch.input_ids.masked_fill(batch.attention_mask == 0, -100)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    for _ in range(120):
+    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
+    for _ in range(40):
         loss = model(**batch, labels=labels).loss
         loss.backward()
         optimizer.step()

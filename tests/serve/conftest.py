@@ -4,6 +4,8 @@ Everything is float32: there, the sums of a batch and of a single row differ so 
 answers are the same to the last token.
 """
 
+import contextlib
+import queue
 import threading
 import time
 from types import SimpleNamespace
@@ -23,6 +25,7 @@ from halfbyte.serve.engine import EngineConfig
 from halfbyte.serve.server import Address, Server
 from halfbyte.serve.service import open_service
 
+LIMITS = {"max_batch_size", "max_queue"}
 RANKS = {"red": 4, "green": 8, "blue": 2}
 
 
@@ -78,72 +81,81 @@ def alone(adapters):
     return answer
 
 
-@pytest.fixture(scope="session")
-def make_service(adapters):
-    """Return a function that puts the embedded base and the three adapters into service."""
-    opened = []
-
-    def make(*, max_model_len=256, dtype=torch.float32, **limits):
-        model, tokenizer = open_demo(dtype)
-        service = open_service(
-            model,
-            tokenizer,
-            name="base",
-            adapters=adapters,
-            config=EngineConfig(**limits),
-            max_model_len=max_model_len,
-        )
-        opened.append(service)
-        return service
-
-    yield make
-    for service in opened:
+@contextlib.contextmanager
+def in_service(adapters, *, max_model_len=256, dtype=torch.float32, **limits):
+    """Put the embedded base and the three adapters into service, for the time of the block."""
+    model, tokenizer = open_demo(dtype)
+    service = open_service(
+        model,
+        tokenizer,
+        name="base",
+        adapters=adapters,
+        config=EngineConfig(**limits),
+        max_model_len=max_model_len,
+    )
+    try:
+        yield service
+    finally:
         service.close(timeout=0)
 
 
-@pytest.fixture(scope="session")
-def make_server(make_service, adapters, wait_until):
-    """Return a function that serves over HTTP, in a thread, on a free port of loopback."""
-    running = []
-
-    def make(*, api_key=None, service=None, request_timeout=60.0, shutdown_timeout=5.0, **limits):
-        service = service or make_service(**limits)
-        app = create_app(
-            service,
-            api_key=api_key,
-            adapter_dir=next(iter(adapters.values())).parent,
-            request_timeout=request_timeout,
-            max_body_bytes=100_000,
-        )
-        urls = []
-        address = Address(port=0, shutdown_timeout=shutdown_timeout)
-        server = Server(app, service, address, on_ready=urls.append)
-        thread = threading.Thread(target=server.run, daemon=True)
-        thread.start()
-        wait_until(lambda: urls)
-        client = openai.OpenAI(base_url=f"{urls[0]}/v1", api_key=api_key or "none", max_retries=0)
-        running.append((server, thread, client))
-        return SimpleNamespace(
-            url=urls[0], client=client, service=service, server=server, thread=thread
-        )
-
-    yield make
-    for server, thread, client in running:
+@contextlib.contextmanager
+def over_http(service, adapters, *, api_key=None, request_timeout=60.0, shutdown_timeout=5.0):
+    """Serve in a thread, on a free port of loopback, for the time of the block."""
+    app = create_app(
+        service,
+        api_key=api_key,
+        adapter_dir=next(iter(adapters.values())).parent,
+        request_timeout=request_timeout,
+        max_body_bytes=100_000,
+    )
+    urls = queue.Queue()
+    address = Address(port=0, shutdown_timeout=shutdown_timeout)
+    server = Server(app, service, address, on_ready=urls.put)
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    url = urls.get(timeout=60)
+    client = openai.OpenAI(base_url=f"{url}/v1", api_key=api_key or "none", max_retries=0)
+    try:
+        yield SimpleNamespace(url=url, client=client, service=service, server=server, thread=thread)
+    finally:
         client.close()
         server.should_exit = True
         thread.join(20)
 
 
+@pytest.fixture
+def make_service(adapters):
+    """Return a function that puts base and adapters into service until the test ends."""
+    with contextlib.ExitStack() as opened:
+        yield lambda **limits: opened.enter_context(in_service(adapters, **limits))
+
+
+@pytest.fixture
+def make_server(adapters):
+    """Return a function that serves over HTTP until the test ends."""
+    with contextlib.ExitStack() as opened:
+
+        def make(*, service=None, **settings):
+            limits = {name: settings.pop(name) for name in LIMITS & set(settings)}
+            service = service or opened.enter_context(in_service(adapters, **limits))
+            return opened.enter_context(over_http(service, adapters, **settings))
+
+        yield make
+
+
 @pytest.fixture(scope="session")
-def service(make_service):
+def service(adapters):
     """One service for all tests that leave it as it was."""
-    return make_service(max_batch_size=8)
+    with in_service(adapters, max_batch_size=8) as opened:
+        yield opened
 
 
 @pytest.fixture(scope="session")
-def served(make_server, service):
+def served(service, adapters):
     """The same over HTTP."""
-    return make_server(service=service)
+    with over_http(service, adapters) as running:
+        yield running
 
 
 @pytest.fixture(scope="session")

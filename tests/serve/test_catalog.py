@@ -9,9 +9,9 @@ from halfbyte.errors import AdapterError, ConfigError
 from halfbyte.serve.catalog import UnknownModelError
 
 
-@pytest.fixture(scope="module")
-def catalog(make_service):
-    return make_service(max_batch_size=1).catalog
+@pytest.fixture
+def catalog(service):
+    return service.catalog
 
 
 def names(catalog):

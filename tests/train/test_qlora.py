@@ -46,7 +46,9 @@ def test_adapter_learns_and_comes_back_from_disk(packing, load_with_lora, tiny_b
     before = hb.evaluate(model, tokenizer, ROWS).loss
     data = hb.DataConfig(packing=packing, max_length=64)
     rows = prepare(data, tokenizer, seed=0, rows=ROWS).train
-    result = hb.train(model, tokenizer, rows, settings("out", num_train_epochs=10))
+    result = hb.train(
+        model, tokenizer, rows, settings("out", num_train_epochs=5, logging_steps=5, save_steps=10)
+    )
     after = hb.evaluate(model, tokenizer, ROWS).loss
     assert after < before - 1
 

@@ -66,7 +66,7 @@ def run(make_lora, tokenizer, rows_of, tmp_path):
 
     def start(name, *, kill=None, data=None, lora=None, listeners=(), **changes):
         out = tmp_path / name
-        model = make_lora(**(lora or {"lora_dropout": 0.2}))
+        model = make_lora(num_hidden_layers=1, **(lora or {"lora_dropout": 0.2}))
         listeners = [*listeners, *([kill_at(kill)] if kill else [])]
         config = settings(out, **changes)
         try:
