@@ -133,18 +133,6 @@ def test_a_dense_base_and_partly_adapted_layers_work_too():
     assert max(_error(again[name], grads[name]) for name in grads) < 1e-4
 
 
-@pytest.mark.parametrize(
-    ("lora", "reason"),
-    [
-        ({"use_dora": True}, "DoRA"),
-        ({"lora_bias": True}, "bias"),
-    ],
-)
-def test_what_does_not_run_fused_is_named(lora, reason):
-    body = _model(quantized=False, **lora).get_base_model().model
-    assert reason in obstacle(body)
-
-
 def test_an_unknown_memory_setting_is_refused():
     body = _model().get_base_model().model
     with pytest.raises(ConfigError, match="auto"):
