@@ -1,10 +1,12 @@
 import os
+import re
 import signal
 
 import datasets
 import pytest
 
 from halfbyte.data import tokenize as module
+from halfbyte.data import words
 from halfbyte.data.chat import ChatEncoder
 from halfbyte.data.formats import detect
 from halfbyte.data.sources import from_rows
@@ -75,6 +77,15 @@ def test_two_processes_give_the_same_tokens(run, tmp_path):
     assert not was_cached
     assert together.digest() == alone.digest()
     assert together.source.tolist() == list(range(40))
+
+
+def test_rows_are_tokenized_whole_where_words_differ(run, tmp_path, monkeypatch, caplog):
+    right, _ = run()
+    for file in (tmp_path / "cache").rglob("*.arrow"):
+        file.unlink()
+    monkeypatch.setattr(words, "word_pattern", lambda _: re.compile(r"\s|\S"))
+    assert run(num_proc=2)[0].digest() == right.digest()
+    assert "all rows again" in caplog.text
 
 
 def test_broken_rows_are_facts_and_name_themselves(run):

@@ -18,13 +18,14 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from tokenizers import Encoding, Tokenizer, processors
+from tokenizers import Tokenizer, processors
 from transformers import PreTrainedTokenizerBase
 
 from halfbyte.data.content import LOOKS_SPECIAL
 from halfbyte.data.formats import Example, Message
 from halfbyte.data.notes import Note
 from halfbyte.data.spans import PRIVATE, Rendered, Renderer, Span, added_tokens
+from halfbyte.data.words import Tokens, WholeText, WordEncoder
 from halfbyte.errors import DataError
 
 IGNORE_INDEX = -100
@@ -107,20 +108,21 @@ class ChatEncoder:
         """Return the rows of each example, or why it cannot be encoded exactly."""
         rendered = [_attempt(where, self._render, example) for where, example in examples]
         flat = [row for rows in rendered if isinstance(rows, list) for row in rows]
-        encodings = iter(
-            self._parser.encode_batch([row.rendered.text for row in flat], add_special_tokens=False)
-        )
+        tokens = iter(self.words.encode_batch([row.rendered.text for row in flat]))
         return [
             rows
             if isinstance(rows, DataError)
-            else _attempt(
-                where, self._finish_all, rows, list(itertools.islice(encodings, len(rows)))
-            )
+            else _attempt(where, self._finish_all, rows, list(itertools.islice(tokens, len(rows))))
             for (where, _), rows in zip(examples, rendered, strict=True)
         ]
 
-    def _finish_all(self, rows: "list[_Row]", encodings: list[Encoding]) -> list[Encoded]:
-        return [self._finish(row, it) for row, it in zip(rows, encodings, strict=True)]
+    def _finish_all(self, rows: "list[_Row]", tokens: list[Tokens]) -> list[Encoded]:
+        return [self._finish(row, it) for row, it in zip(rows, tokens, strict=True)]
+
+    @cached_property
+    def words(self) -> WordEncoder:
+        """What tokenizes texts."""
+        return WordEncoder(self._parser)
 
     @cached_property
     def _parser(self) -> Tokenizer:
@@ -186,10 +188,10 @@ class ChatEncoder:
             return {name: self._without_special(item, hide) for name, item in value.items()}
         return value
 
-    def _finish(self, row: "_Row", encoding: Encoding) -> Encoded:
+    def _finish(self, row: "_Row", tokens: Tokens) -> Encoded:
         if row.is_document:
-            return self._document(encoding.ids, row)
-        ids, ranges, notes = self._tokens(row, encoding)
+            return self._document(tokens.ids, row)
+        ids, ranges, notes = self._tokens(row, tokens)
         labels = [IGNORE_INDEX] * len(ids)
         for start, end in ranges:
             labels[start:end] = ids[start:end]
@@ -199,11 +201,11 @@ class ChatEncoder:
         labels[:1] = [IGNORE_INDEX]
         return Encoded(ids, labels, notes)
 
-    def _tokens(self, row: "_Row", encoding: Encoding) -> tuple[list[int], list[Span], Note]:
+    def _tokens(self, row: "_Row", tokens: Tokens) -> tuple[list[int], list[Span], Note]:
         """Return ids, the ranges of them that are learned, and notes."""
-        ranges = None if row.shields else _token_ranges(encoding, row.rendered)
+        ranges = None if row.shields else _token_ranges(tokens, row.rendered)
         if ranges is not None:
-            return encoding.ids, ranges, row.notes
+            return tokens.ids, ranges, row.notes
         ids, ranges = self._pieces(row)
         text = _spell(row.rendered.text, row.shields)
         whole = self._parser.encode(text, add_special_tokens=False)
@@ -211,7 +213,7 @@ class ChatEncoder:
             return ids, ranges, row.notes
         if row.shields:  # this tokenizer changes text that it gets in pieces
             notes = row.notes & ~Note.SPECIAL_TEXT | Note.SPECIAL_TOKEN
-            return self._tokens(_Row(_spelled(row), {}, notes=notes), whole)
+            return self._tokens(_Row(_spelled(row), {}, notes=notes), WholeText(whole))
         raise DataError(
             "this tokenizer joins the end of the prompt and the beginning of the answer in one "
             "token, so the mask cannot be exact",
@@ -277,27 +279,18 @@ def _attempt(where: str, function: Any, *args: Any) -> Any:
         return DataError(f"{where}: {error.message}", hint=error.hint)
 
 
-def _token_ranges(encoding: Encoding, rendered: Rendered) -> list[Span] | None:
+def _token_ranges(tokens: Tokens, rendered: Rendered) -> list[Span] | None:
     """Return the tokens of each span, or `None` if one straddles an edge."""
     ranges = []
     for start, end in rendered.spans:
         if start == end:
             continue
-        first = _token_at(encoding, start)
-        last = len(encoding.ids) if end == len(rendered.text) else _token_at(encoding, end)
+        first = tokens.token_at(start)
+        last = len(tokens.ids) if end == len(rendered.text) else tokens.token_at(end)
         if first is None or last is None:
             return None
         ranges.append((first, last))
     return ranges
-
-
-def _token_at(encoding: Encoding, position: int) -> int | None:
-    """Return the token that begins at this character, or `None` if none does."""
-    token = encoding.char_to_token(position)
-    if token is None:
-        return None
-    characters = encoding.token_to_chars(token)
-    return token if characters is not None and characters[0] == position else None
 
 
 def _spell(text: str, shields: dict[str, str]) -> str:

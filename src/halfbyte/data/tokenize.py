@@ -10,7 +10,9 @@ later and need no new tokens.
 
 import contextlib
 import hashlib
+import itertools
 import json
+import logging
 import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
 import pyarrow
 from transformers import PreTrainedTokenizerBase
 
@@ -30,7 +33,10 @@ from halfbyte.data.notes import Note
 from halfbyte.data.rows import TokenRows
 from halfbyte.data.similar import DRAWERS, signatures
 from halfbyte.data.sources import Source, decode
+from halfbyte.data.words import WordsDifferError
 from halfbyte.errors import DataError
+
+_log = logging.getLogger(__name__)
 
 # Raise it whenever the same input gives other tokens or labels than before.
 CACHE_VERSION = 2
@@ -77,23 +83,32 @@ def tokenize(
     key = cache_key(source, layout, encoder)
     folder = Path(cache_dir or Path(datasets.config.HF_DATASETS_CACHE) / "halfbyte") / key
     hint = "set cache_dir to a folder that can be written to, or delete it to begin afresh"
+
+    def run() -> datasets.Dataset:
+        return source.rows.map(
+            tokenize_batch,
+            batched=True,
+            batch_size=BATCH_ROWS,
+            with_indices=True,
+            fn_kwargs={"encoder": encoder, "layout": layout},
+            remove_columns=source.rows.column_names,
+            features=_FEATURES,
+            num_proc=num_proc or _processes(len(source)),
+            cache_file_name=str(folder / "tokens.arrow"),
+            new_fingerprint=key,
+            desc=f"Tokenizing {source.title}",
+        )
+
     try:
         was_there = any(folder.glob("tokens*.arrow"))
         folder.mkdir(parents=True, exist_ok=True)
         with progress_bars(shown=sys.stderr.isatty() if progress is None else progress):
-            tokens = source.rows.map(
-                tokenize_batch,
-                batched=True,
-                batch_size=BATCH_ROWS,
-                with_indices=True,
-                fn_kwargs={"encoder": encoder, "layout": layout},
-                remove_columns=source.rows.column_names,
-                features=_FEATURES,
-                num_proc=num_proc or _processes(len(source)),
-                cache_file_name=str(folder / "tokens.arrow"),
-                new_fingerprint=key,
-                desc=f"Tokenizing {source.title}",
-            )
+            try:
+                tokens = run()
+            except WordsDifferError:
+                _log.warning("this tokenizer does not go word by word: all rows again, slower")
+                encoder.words.by_whole_texts()
+                tokens = run()
         return TokenRows.from_dataset(tokens), Facts.from_dataset(tokens), was_there
     except (OSError, pyarrow.ArrowInvalid) as error:
         raise DataError(f"the token cache {folder} cannot be used: {error}", hint=hint) from error
@@ -111,8 +126,8 @@ def tokenize_batch(
     indices: Sequence[int],
     encoder: ChatEncoder,
     layout: Layout,
-) -> dict[str, list[Any]]:
-    """Return the columns of the rows of tokens of one batch of source rows.
+) -> pyarrow.Table:
+    """Return the rows of tokens of one batch of source rows.
 
     A source row without tokens (it is broken, or teaches nothing) is one row of no tokens.
     """
@@ -143,7 +158,20 @@ def tokenize_batch(
             columns["hint"].append(error and error.hint)
             columns["origin"].append(origin_of(row))
             columns["signature"].append(signature)
-    return columns
+    return _table(columns)
+
+
+def _table(columns: Mapping[str, list[Any]]) -> pyarrow.Table:
+    """Return the columns of `_FEATURES`; numbers go there through NumPy, not one by one."""
+    arrays: dict[str, Any] = dict(columns)
+    for name in ("input_ids", "labels"):
+        offsets = np.cumsum([0, *map(len, columns[name])], dtype=np.int32)
+        flat = itertools.chain.from_iterable(columns[name])
+        values = np.fromiter(flat, dtype=np.int32, count=offsets[-1])
+        arrays[name] = pyarrow.ListArray.from_arrays(offsets, values)
+    drawers = np.concatenate(columns["signature"])
+    arrays["signature"] = pyarrow.FixedSizeListArray.from_arrays(drawers, DRAWERS)
+    return pyarrow.table(arrays, schema=_FEATURES.arrow_schema)
 
 
 def _attempt(layout: Layout, row: Mapping[str, Any], where: str) -> Example | DataError:
