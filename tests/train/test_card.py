@@ -2,6 +2,7 @@
 
 import json
 
+import pytest
 from huggingface_hub import ModelCard
 
 from halfbyte.train.card import MARK, make_card, write_card
@@ -69,6 +70,23 @@ def test_a_local_base_is_named_without_its_path_and_with_its_licence(tmp_path):
     assert "secret-place" not in text
     assert "Licence of the base: mit" in text
     assert ModelCard(text).data.license == "mit"
+
+
+@pytest.mark.parametrize("card", ["No metadata.", "---\nlicense: [mit]\n---\n", "---\na: [\n---\n"])
+def test_a_bases_card_may_be_anything(tmp_path, card, caplog):
+    base = tmp_path / "base"
+    base.mkdir()
+    (base / "README.md").write_text(card)
+    with caplog.at_level("WARNING"):
+        text = make_card(make_run(tmp_path / "mine", base_model=str(base)))
+    assert "Licence of the base: see there" in text
+    assert not caplog.records
+
+
+def test_a_base_without_a_name_has_no_licence_from_the_current_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "README.md").write_text("---\nlicense: mit\n---\n")
+    assert "mit" not in make_card(make_run(tmp_path / "mine", base_model=""))
 
 
 def test_a_merged_model_says_what_its_merge_said(tmp_path):

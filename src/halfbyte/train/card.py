@@ -11,7 +11,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import ModelCard, ModelCardData
+import yaml
+from huggingface_hub import ModelCardData, metadata_load
 
 from halfbyte.train.directory import METRICS_FILE, disk_errors, read_run, replacing
 
@@ -80,23 +81,26 @@ def make_card(run: Path, *, merged: Sequence[str] | None = None, name: str | Non
 def _metadata(base: str, *, is_merged: bool) -> ModelCardData:
     """Return what the hub reads; a base that is a folder here has no name there."""
     is_named = bool(base) and not Path(base).is_dir() and not base.startswith(("/", ".", "~"))
-    licence = _base_metadata(Path(base)).license if Path(base).is_dir() else None
     return ModelCardData(
         base_model=base if is_named else None,
         base_model_relation=("finetune" if is_merged else "adapter") if is_named else None,
         library_name="transformers" if is_merged else "peft",
-        license=licence,
+        license=_licence(base),
         pipeline_tag="text-generation",
         tags=["halfbyte", "qlora", "lora"],
     )
 
 
-def _base_metadata(folder: Path) -> ModelCardData:
-    path = folder / CARD_FILE
+def _licence(base: str) -> str | None:
+    """Return the licence that the card in a base's folder names, if it names one."""
+    path = Path(base) / CARD_FILE
+    if not base or not path.is_file():
+        return None
     try:
-        return ModelCard.load(path).data if path.is_file() else ModelCardData()
-    except (ValueError, OSError):  # somebody else's card, which need not be well-formed
-        return ModelCardData()
+        licence = (metadata_load(path) or {}).get("license")
+    except (ValueError, OSError, yaml.YAMLError):  # somebody's card, which need not be well-formed
+        return None
+    return licence if isinstance(licence, str) else None
 
 
 def _introduction(
@@ -106,8 +110,7 @@ def _introduction(
     held = quantization.get("bnb_4bit_quant_type")
     how = f"QLoRA ({held}, rank {adapter.get('r')})" if held else f"LoRA (rank {adapter.get('r')})"
     what = "A model" if is_merged else "An adapter"
-    known = _base_metadata(Path(base)).license if Path(base).is_dir() else None
-    licence = known or "see there"
+    licence = _licence(base) or "see there"
     shown = Path(base).name if Path(base).is_dir() else base
     return f"{what} trained with {how} on {shown or 'a base'}. Licence of the base: {licence}."
 
