@@ -1,6 +1,12 @@
 """The formulas by hand; that they are the engine's is in tests/plan/test_fused.py."""
 
-from halfbyte.memory.fused_step import FusedShape, FusedStep, Group
+import dataclasses
+import itertools
+
+import pytest
+
+from halfbyte.memory.fused_shape import FusedShape, Group
+from halfbyte.memory.fused_step import FusedStep
 from halfbyte.memory.ledger import Ledger
 
 SHAPE = FusedShape(
@@ -10,18 +16,12 @@ SHAPE = FusedShape(
 )  # fmt: skip
 
 
-def peak(tokens, levels, staying=0, shape=SHAPE):
+def peak(tokens, levels, staying=0, shape=SHAPE, **options):
     ledger = Ledger()
-    step = FusedStep(ledger, shape, tokens, levels, staying)
+    step = FusedStep(ledger, shape, tokens, levels, staying, **options)
     step.write(labels=tokens, vocabulary=128, chunk_rows=1024)
+    assert staying or ledger.nbytes == 0
     return ledger.peak
-
-
-def test_saved_bytes_of_a_token():
-    attention = 256 + 512 + 24 + 256 + 8
-    assert SHAPE.saved_bytes("input", 1) == 512
-    assert SHAPE.saved_bytes("attention", 1) == 2 * attention + 16
-    assert SHAPE.saved_bytes("all", 1) == 2 * (attention + 256 + 8 + 1024 + 32) + 16
 
 
 def test_one_more_layer_adds_what_it_saves():
@@ -35,3 +35,30 @@ def test_weights_that_stay_are_counted_for_the_whole_step():
     held = stays.owners["dequantized weights that stay"]
     assert 0 <= held - 4 * SHAPE.weight_bytes() < 4 * 512
     assert "dequantize workspace" not in stays.owners
+
+
+@pytest.mark.parametrize("tile", [0, 1024, 3000])
+def test_offloaded_inputs_take_no_more_than_two_whatever_the_depth(tile):
+    levels = [["offload"] * n + ["input"] for n in (2, 3, 9)]
+    peaks = [peak(4096, some, tile=tile).nbytes for some in levels]
+    assert peaks[0] == peaks[1] == peaks[2]
+    kept = peak(4096, ["input"] * 10, tile=tile).nbytes
+    assert kept - peaks[2] == 8 * SHAPE.saved_bytes("input", 4096)
+
+
+def test_smaller_tiles_take_less():
+    wide = dataclasses.replace(
+        SHAPE, intermediate=2048, gate_up=Group(256, 4096, 16, 1), down=Group(2048, 256, 8, 1)
+    )
+    tiles = (0, 8192, 4096, 1024)
+    sizes = [peak(16384, ["offload"] * 4, shape=wide, tile=tile).nbytes for tile in tiles]
+    assert all(a > b for a, b in itertools.pairwise(sizes))
+    assert peak(1024, ["input"], tile=4096) == peak(1024, ["input"])
+
+
+@pytest.mark.parametrize("level", ["offload", "input", "attention", "all"])
+@pytest.mark.parametrize("tile", [0, 512])
+def test_what_is_taken_is_given_back_in_every_family(level, tile):
+    shape = dataclasses.replace(SHAPE, normed_heads=6, has_branch_norms=True, num_rotations=2)
+    more = peak(2000, [level] * 3, shape=shape, tile=tile, is_recorded=True)
+    assert more.nbytes > peak(2000, [level] * 3, tile=tile).nbytes

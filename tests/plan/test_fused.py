@@ -14,16 +14,23 @@ from halfbyte.quant.linear import NF4Linear
 TOKENS = 64
 
 
-@pytest.fixture(scope="module")
-def body():
-    from transformers import LlamaConfig, LlamaForCausalLM
+@pytest.fixture(scope="module", params=["llama", "gemma3"])
+def body(request):
+    """Of Llama, and of the family that differs most from it."""
+    from transformers import AutoModelForCausalLM, Gemma3TextConfig, LlamaConfig
 
     torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=128, intermediate_size=192, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=4, vocab_size=96, attn_implementation="sdpa",
-    )  # fmt: skip
-    model = LlamaForCausalLM(config)
+    sizes = {
+        "hidden_size": 128, "intermediate_size": 192, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 32, "vocab_size": 96,
+        "attn_implementation": "sdpa", "pad_token_id": 0,
+    }  # fmt: skip
+    layer_types = ["full_attention", "sliding_attention"]
+    is_llama = request.param == "llama"
+    config = (
+        LlamaConfig(**sizes) if is_llama else Gemma3TextConfig(**sizes, layer_types=layer_types)
+    )
+    model = AutoModelForCausalLM.from_config(config)
     for name, module in list(model.named_modules()):
         if isinstance(module, torch.nn.Linear) and name != "lm_head":
             model.set_submodule(name, NF4Linear.from_linear(module))
@@ -31,7 +38,7 @@ def body():
     return FusedBody(model.get_base_model().model)
 
 
-@pytest.mark.parametrize("level", ["all", "attention", "input"])
+@pytest.mark.parametrize("level", ["all", "attention", "input", "offload"])
 def test_saved_bytes_are_those_that_autograd_keeps(body, level):
     layer = body.layers[1]
     x = torch.randn(TOKENS, 128, requires_grad=True)

@@ -1,16 +1,18 @@
 """The bytes of one micro-step through fused layers, tensor by tensor, in the order of the engine.
 
 It says again in sizes what `engine/block.py` does with tensors: what a half of a block makes, what
-it saves and when each is let go. Whoever changes one changes the other; `benchmarks/memory_plan.py`
-compares the peak with what a GPU measures.
+it saves and when each is let go; and what `engine/offload.py`, `tiled.py` and `graph.py` do around
+it. Whoever changes one changes the other; `benchmarks/memory_plan.py` compares the peak with what a
+GPU measures.
 
 Shape letters: T tokens, H hidden size, A = heads * head size, N outputs and K inputs of siblings,
 I intermediate size, R LoRA ranks of siblings together, V vocabulary.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import contextlib
+from collections.abc import Iterator, Sequence
 
+from halfbyte.memory.fused_shape import FusedShape, Group
 from halfbyte.memory.ledger import Ledger
 
 SAVED = "saved activations"
@@ -18,74 +20,10 @@ WORK = "working activations"
 WEIGHTS = "dequantize workspace"
 ADAPTER_GRADS = "gradients of one layer's adapters"
 LOGITS = "logits"
+GRAPHS = "recorded graphs"
 # Launch shape of `kernels/gated_triton.py`: programs wanted, columns and tokens of a tile.
 _PROGRAMS, _TILE_COLUMNS, _TILE_TOKENS = 2048, 64, 32
 _LARGE_RANK = 64
-
-
-@dataclass(frozen=True)
-class Group:
-    """Projections of one input: inputs K, outputs N, ranks R (as padded), adapters in elements."""
-
-    inputs: int
-    outputs: int
-    rank: int
-    adapter_elements: int
-
-    def wide_elements(self) -> int:
-        """Return the elements of the dequantized matrix with its border."""
-        return (self.outputs + self.rank) * (self.inputs + self.rank)
-
-
-@dataclass(frozen=True)
-class FusedShape:
-    """A fused layer in numbers.
-
-    Attributes:
-        hidden: H.
-        heads: Query heads.
-        head_dim: Elements of a head; cos and sin have as many columns.
-        intermediate: I.
-        qkv, o, gate_up, down: The projections.
-        itemsize: Bytes of an activation.
-    """
-
-    hidden: int
-    heads: int
-    head_dim: int
-    intermediate: int
-    qkv: Group
-    o: Group
-    gate_up: Group
-    down: Group
-    itemsize: int = 2
-
-    @property
-    def groups(self) -> tuple[Group, ...]:
-        """All projections."""
-        return (self.qkv, self.o, self.gate_up, self.down)
-
-    @property
-    def width(self) -> int:
-        """A."""
-        return self.heads * self.head_dim
-
-    def saved_bytes(self, level: str, tokens: int) -> int:
-        """Return what a layer saves for its backward at a level of `engine.policy`."""
-        columns = {"input": self.hidden}
-        columns["attention"] = (
-            self.hidden + self.qkv.outputs + self.qkv.rank + self.width + self.down.rank
-        )
-        columns["all"] = (
-            columns["attention"] + self.hidden + self.o.rank
-            + self.gate_up.outputs + 2 * self.gate_up.rank
-        )  # fmt: skip
-        log_sum_exp = 0 if level == "input" else 4 * self.heads
-        return tokens * (columns[level] * self.itemsize + log_sum_exp)
-
-    def weight_bytes(self) -> int:
-        """Return the bytes of all of a layer's dequantized matrices."""
-        return sum(group.wide_elements() for group in self.groups) * self.itemsize
 
 
 class FusedStep:
@@ -97,6 +35,8 @@ class FusedStep:
         tokens: T.
         levels: What each layer saves.
         num_staying: How many of the first layers keep their dequantized weights.
+        tile: Tokens that the second half of a block takes at a time; 0: all.
+        is_recorded: Whether the layers run as recorded graphs.
     """
 
     def __init__(
@@ -106,28 +46,64 @@ class FusedStep:
         tokens: int,
         levels: Sequence[str],
         num_staying: int = 0,
+        *,
+        tile: int = 0,
+        is_recorded: bool = False,
     ) -> None:
         self.ledger, self.shape, self.tokens = ledger, shape, tokens
         self.levels, self.num_staying = levels, num_staying
+        self.tile, self.is_recorded = tile if tile < tokens else 0, is_recorded
         self._staying = False
+        # Layers whose input is on the host, in the order in which it comes back.
+        self._away = [index for index, level in enumerate(levels) if level == "offload"]
 
     def write(self, *, labels: int, vocabulary: int, chunk_rows: int) -> None:
         """Write forward, loss and backward of a micro-step with so many labelled tokens."""
         ledger, shape = self.ledger, self.shape
-        ledger.take("inputs", 32 * self.tokens + 2 * self._rows(shape.head_dim))
+        angles = 2 * shape.num_rotations * self._rows(shape.head_dim)
+        ledger.take("inputs", 32 * self.tokens + angles)
         ledger.take(SAVED, self._rows(shape.hidden))  # the embedding
+        with ledger.hold(GRAPHS, *self._recorded()):
+            self._layers_and_loss(labels, vocabulary, min(chunk_rows, labels))
+        ledger.give("inputs", 32 * self.tokens + angles)
+
+    def _layers_and_loss(self, labels: int, vocabulary: int, chunk_rows: int) -> None:
+        ledger, shape = self.ledger, self.shape
         for index, level in enumerate(self.levels):
             ledger.moment = f"forward of layer {index + 1}"
             self._staying = index < self.num_staying
             self._forward(keep=level)
+            if level == "offload":
+                ledger.give(SAVED, self._rows(shape.hidden))  # x, which is on the host by now
             if self._staying:
                 ledger.take("dequantized weights that stay", shape.weight_bytes())
-        self._head(labels, vocabulary, min(chunk_rows, labels))
+        self._head(labels, vocabulary, chunk_rows)
+        self._fetch()
         for index in reversed(range(len(self.levels))):
             self._staying = index < self.num_staying
             ledger.moment = f"backward of layer {index + 1}"
+            if self.levels[index] == "offload":
+                self._fetch()
             self._backward(self.levels[index], is_first=index == 0)
-        ledger.give("inputs", 32 * self.tokens + 2 * self._rows(shape.head_dim))
+
+    def _fetch(self) -> None:
+        """The next input comes back from the host, while a layer runs backward."""
+        if self._away:
+            self._away.pop()
+            self.ledger.take(SAVED, self._rows(self.shape.hidden))
+
+    def _recorded(self) -> list[int]:
+        """Return what a recorded graph holds beside a step that is not: output and gradient.
+
+        And the embedding, which is copied into the graph's own; and cos and sin likewise.
+        """
+        if not self.is_recorded:
+            return []
+        shape = self.shape
+        angles = [self._rows(shape.head_dim)] * 2 * shape.num_rotations
+        # What the graph was given stays, though its first layer may have sent it away.
+        copies = 4 if self.levels[0] == "offload" else 3
+        return [*[self._rows(shape.hidden)] * copies, *angles]
 
     def _rows(self, columns: int, itemsize: int | None = None) -> int:
         return self.tokens * columns * (itemsize or self.shape.itemsize)
@@ -136,21 +112,31 @@ class FusedStep:
         return 0 if self._staying else group.wide_elements() * self.shape.itemsize
 
     def _saved_in_attention(self) -> list[int]:
+        """Of x: `x A^T`, then q, k, v; with normed heads twice; then attention."""
         shape = self.shape
         return [
             self._rows(shape.qkv.rank), self._rows(shape.qkv.outputs),
+            self._rows(shape.normed_heads * shape.head_dim),
             self._rows(shape.width), 4 * self.tokens * shape.heads,
         ]  # fmt: skip
 
     def _saved_in_mlp(self) -> list[int]:
         shape = self.shape
         return [
-            self._rows(shape.hidden), self._rows(shape.o.rank),
+            self._rows(shape.hidden), self._rows(shape.o.rank), self._rows(shape.branch),
             self._rows(shape.gate_up.rank), self._rows(shape.gate_up.outputs + shape.gate_up.rank),
         ]  # fmt: skip
 
-    def _forward(self, keep: str) -> None:
-        """From x, held already, to y, with what `keep` says of the layer held too."""
+    def _saved_of_down(self) -> list[int]:
+        return [self._rows(self.shape.down.rank), self._rows(self.shape.branch)]
+
+    def _forward(self, keep: str, *, is_again: bool = False) -> None:
+        """From x, held already, to y, with what `keep` says of the layer held too.
+
+        Args:
+            keep: A level; recomputation keeps "all".
+            is_again: Whether it is recomputation, which leaves a tiled half to the backward.
+        """
         ledger, shape = self.ledger, self.shape
         with (
             ledger.hold(WEIGHTS, self._wide(shape.qkv)),
@@ -158,29 +144,53 @@ class FusedStep:
         ):
             self._take(self._saved_in_attention()[:2])
         self._take(self._saved_in_attention()[2:])
+        is_tiled = self.tile > 0 and (keep != "all" or is_again)
+        if not is_tiled:
+            self._second_half()
+        else:
+            ledger.take(SAVED, self._rows(shape.hidden))  # y
+            if not is_again:
+                with self._in_tile():
+                    self._second_half()
+                    self._give([*self._saved_in_mlp(), *self._saved_of_down()])
+                    ledger.give(SAVED, self._rows(shape.hidden))
+        if keep != "all" and not is_tiled:
+            self._give(self._saved_in_mlp())
+        if keep in ("input", "offload"):
+            self._give([*self._saved_in_attention(), *([] if is_tiled else self._saved_of_down())])
+
+    @contextlib.contextmanager
+    def _in_tile(self) -> Iterator[None]:
+        """Count the tokens of one tile inside the block, and weights that all tiles share."""
+        shape, before = self.shape, (self.tokens, self._staying)
+        with self.ledger.hold(WEIGHTS, *map(self._wide, (shape.o, shape.gate_up, shape.down))):
+            self.tokens, self._staying = self.tile, True
+            yield
+            self.tokens, self._staying = before
+
+    def _second_half(self) -> None:
+        """From attention to y, with all that is saved for the backward."""
+        ledger, shape = self.ledger, self.shape
         self._middle_and_mlp()
         with (
             ledger.hold(WORK, self._rows(shape.intermediate + shape.down.rank)),
             ledger.hold(WEIGHTS, self._wide(shape.down)),
         ):
-            ledger.take(SAVED, self._rows(shape.down.rank))
-            ledger.take(SAVED, self._rows(shape.hidden))  # y
-        if keep != "all":
-            self._give(self._saved_in_mlp())
-        if keep == "input":
-            self._give([*self._saved_in_attention(), self._rows(shape.down.rank)])
+            self._take(self._saved_of_down())
+            with ledger.hold(WORK, self._rows(shape.branch)):
+                ledger.take(SAVED, self._rows(shape.hidden))  # y
 
     def _middle_and_mlp(self) -> None:
         """O, the norm, gate and up: what a layer that saves only attention computes again."""
         ledger, shape = self.ledger, self.shape
         normed = self._rows(shape.hidden + shape.gate_up.rank)
         border = self._rows(shape.width + shape.o.rank) if shape.o.rank else 0
-        mid, o_xa, gate_up_xa, gate_up = self._saved_in_mlp()
+        mid, o_xa, o_out, gate_up_xa, gate_up = self._saved_in_mlp()
         with (
             ledger.hold(WEIGHTS, self._wide(shape.o)),
             ledger.hold(WORK, border, self._rows(shape.hidden)),
         ):
-            self._take([o_xa, mid])
+            self._take([o_xa, mid, o_out])
             ledger.take(WORK, normed)
         with ledger.hold(WEIGHTS, self._wide(shape.gate_up)):
             ledger.take(SAVED, gate_up_xa)
@@ -210,26 +220,42 @@ class FusedStep:
 
     def _backward(self, level: str, *, is_first: bool) -> None:
         """From the gradient of y to that of x; both have H columns, with a border R wide."""
-        ledger, shape = self.ledger, self.shape
-        hidden = self._rows(shape.hidden)
-        if level == "input":
+        ledger, hidden = self.ledger, self._rows(self.shape.hidden)
+        if level in ("input", "offload"):
             ledger.moment = ledger.moment.replace("backward", "recomputation")
-            self._forward(keep="all")
+            self._forward(keep="all", is_again=True)
             ledger.give(SAVED, hidden)  # y again, which nobody reads
             ledger.moment = ledger.moment.replace("recomputation", "backward")
-        elif level == "attention":
-            self._middle_and_mlp()
-        self._backward_mlp(frees_early=level == "attention")
+        if self.tile and level != "all":
+            self._backward_tiled()
+        else:
+            if level == "attention":
+                self._middle_and_mlp()
+            self._backward_mlp(frees_early=level == "attention")
+        ledger.give(WORK, hidden)  # the gradient of y
         self._backward_attention(is_first=is_first)
+
+    def _backward_tiled(self) -> None:
+        """The second half, a tile at a time: leaves the gradients of attention and of x."""
+        ledger, shape = self.ledger, self.shape
+        grads = 4 * sum(g.adapter_elements for g in (shape.o, shape.gate_up, shape.down))
+        ledger.take(WORK, self._rows(shape.width))
+        ledger.take(WORK, self._rows(shape.hidden))
+        with self._in_tile(), ledger.hold(ADAPTER_GRADS, grads):  # summed over tiles
+            self._second_half()
+            self._backward_mlp(frees_early=False)
+            ledger.give(SAVED, self._rows(shape.hidden))  # y again
+            ledger.give(WORK, self._rows(shape.width))
+            ledger.give(WORK, self._rows(shape.hidden))
 
     def _backward_mlp(self, *, frees_early: bool) -> None:
         """Down, the gated product, gate and up, the norm, o: the second half of the block."""
         ledger, shape = self.ledger, self.shape
-        hidden, gate_up = self._rows(shape.hidden), self._saved_in_mlp()[3]
+        hidden, gate_up = self._rows(shape.hidden), self._saved_in_mlp()[-1]
         grads = 4 * sum(g.adapter_elements for g in (shape.o, shape.gate_up, shape.down))
         border = self._rows(shape.hidden + shape.down.rank) if shape.down.rank else 0
         with (
-            ledger.hold(WORK, border),
+            ledger.hold(WORK, border or self._rows(shape.branch)),
             ledger.hold(WEIGHTS, self._wide(shape.down)),
             ledger.hold(WORK, self._rows(shape.intermediate)),
             ledger.hold(ADAPTER_GRADS, *self._gated_partials()),
@@ -246,24 +272,28 @@ class FusedStep:
         grad_mid = self._rows(shape.hidden + shape.o.rank)
         ledger.take(WORK, grad_mid)
         ledger.give(WORK, hidden)
-        with ledger.hold(WEIGHTS, self._wide(shape.o)):
+        with (
+            ledger.hold(WEIGHTS, self._wide(shape.o)),
+            ledger.hold(WORK, grad_mid if shape.has_branch_norms else 0),
+        ):
             ledger.take(WORK, self._rows(shape.width))  # the gradient of attention
         ledger.give(ADAPTER_GRADS, grads)
-        self._give(self._saved_in_mlp()[: 3 if frees_early else 4])
-        self._give([self._rows(shape.down.rank)])
-        ledger.give(WORK, hidden)  # the gradient of y
+        self._give(self._saved_in_mlp()[: -1 if frees_early else None])
+        self._give(self._saved_of_down())
         ledger.give(WORK, grad_mid)
-        ledger.take(WORK, hidden)  # that of x, beside attention
+        ledger.take(WORK, hidden)  # the gradient of x, beside attention
 
     def _backward_attention(self, *, is_first: bool) -> None:
         """Attention, RoPE, q, k and v, the norm: the first half of the block."""
         ledger, shape = self.ledger, self.shape
         hidden, width = self._rows(shape.hidden), self._rows(shape.width)
         heads = self._rows(shape.qkv.outputs)
+        xa, *saved = self._saved_in_attention()
+        before = [saved.pop(0)] if shape.normed_heads else []  # needed once more
         with ledger.hold("attention workspace", self._rows(shape.width, 4)):
             ledger.take(WORK, heads)
         ledger.give(WORK, width)
-        self._give(self._saved_in_attention()[1:])
+        self._give(saved)
         grads = 4 * shape.qkv.adapter_elements
         with (
             ledger.hold(WORK, self._rows(shape.qkv.outputs + shape.qkv.rank)),
@@ -279,7 +309,7 @@ class FusedStep:
         ledger.give(ADAPTER_GRADS, grads)
         ledger.give(WORK, heads)
         ledger.give(WORK, hidden)  # the gradient of x, beside attention
-        self._give([self._saved_in_attention()[0], hidden])  # x itself
+        self._give([xa, *before, hidden])  # x itself
 
     def _gated_partials(self) -> list[int]:
         """Return the float32 sums over tokens that `gated_backward_` makes."""

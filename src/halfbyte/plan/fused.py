@@ -2,7 +2,7 @@
 
 from halfbyte.engine.body import FusedBody
 from halfbyte.engine.projections import Siblings
-from halfbyte.memory.fused_step import FusedShape, Group
+from halfbyte.memory.fused_shape import FusedShape, Group
 
 
 def fused_shape(body: FusedBody, itemsize: int) -> FusedShape:
@@ -13,16 +13,20 @@ def fused_shape(body: FusedBody, itemsize: int) -> FusedShape:
         itemsize: Bytes of an activation.
     """
     layer = body.layers[0]
+    shape = layer.shape
     return FusedShape(
         hidden=layer.qkv.inputs,
-        heads=layer.shape.num_heads,
-        head_dim=layer.shape.head_dim,
-        intermediate=layer.shape.intermediate_size,
+        heads=shape.num_heads,
+        head_dim=shape.head_dim,
+        intermediate=shape.intermediate_size,
         qkv=_group(layer.qkv),
         o=_group(layer.out.o),
         gate_up=_group(layer.out.gate_up),
         down=_group(layer.out.down),
         itemsize=itemsize,
+        normed_heads=shape.num_heads + shape.num_key_value_heads if shape.has_head_norms else 0,
+        has_branch_norms=shape.has_branch_norms,
+        num_rotations=len({layer.rope for layer in body.layers}),
     )
 
 
