@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 from halfbyte.engine.block import BlockShape
 from halfbyte.engine.policy import LayerBytes, choose, plan
 
@@ -9,6 +11,16 @@ def test_bytes_of_llama_8b_for_one_token():
     assert sizes == LayerBytes(
         input=2 * 4096, attention=2 * (4096 + 6144 + 4096), all=2 * (14336 + 4096 + 2 * 14336)
     )
+
+
+def test_what_is_normed_is_saved_too():
+    plain, normed = (
+        LayerBytes.of(replace(SHAPE, has_head_norms=has, has_branch_norms=has), 4096, 1, 2)
+        for has in (False, True)
+    )
+    assert normed.input == plain.input
+    assert normed.attention - plain.attention == 2 * (40 * 128 + 4096)
+    assert normed.all - plain.all == 2 * (40 * 128 + 2 * 4096)
 
 
 def test_everything_is_kept_where_it_fits_and_only_inputs_where_nothing_does():

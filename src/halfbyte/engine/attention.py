@@ -79,8 +79,9 @@ def attention(
     Returns:
         `[T, N * D]`.
     """
-    if window is not None and window >= (layout.max_length or layout.length):
-        window = None
+    longest = layout.length if layout.cu_seqlens is None else layout.max_length
+    if window is not None and window >= longest:
+        window = None  # which other, faster backends can do too
     is_packed = layout.cu_seqlens is not None and layout.cu_seqlens.numel() > 2
     if is_packed or (window is not None and query.is_cuda):
         out = _packed(query, key, value, layout, scale, window)

@@ -42,8 +42,9 @@ class LayerBytes:
         """Count the large saved tensors (LoRA's `x A^T` is below one percent of them)."""
         width = shape.num_heads * shape.head_dim
         heads = width + 2 * shape.num_key_value_heads * shape.head_dim
-        attention = hidden_size + heads + width
-        everything = attention + hidden_size + 2 * shape.intermediate_size
+        branch = hidden_size if shape.has_branch_norms else 0
+        attention = hidden_size + heads + _normed_heads(shape) + width + branch
+        everything = attention + hidden_size + branch + 2 * shape.intermediate_size
         unit = num_tokens * itemsize
         return cls(hidden_size * unit, attention * unit, everything * unit)
 
@@ -81,7 +82,14 @@ def working_bytes(
         return mlp * num_tokens * itemsize
     width = shape.num_heads * shape.head_dim
     heads = width + 2 * shape.num_key_value_heads * shape.head_dim
-    return (mlp * tile + (2 * hidden_size + 2 * heads + 4 * width) * num_tokens) * itemsize
+    attention = 2 * hidden_size + 2 * heads + _normed_heads(shape) + 4 * width
+    return (mlp * tile + attention * num_tokens) * itemsize
+
+
+def _normed_heads(shape: BlockShape) -> int:
+    """Return the elements of a token's q and k that are there twice, as they were before a norm."""
+    heads = shape.num_heads + shape.num_key_value_heads
+    return heads * shape.head_dim if shape.has_head_norms else 0
 
 
 def least_bytes(num_layers: int, sizes: LayerBytes, *, offloads: bool) -> int:
