@@ -3,7 +3,7 @@ import torch
 from torch import nn
 
 from halfbyte.engine.attention import Layout
-from halfbyte.engine.graph import Graphs, _Size
+from halfbyte.engine.graph import Graphs, _Size, accumulate
 
 
 def _graphs(device):
@@ -32,6 +32,28 @@ def test_without_a_gpu_the_layers_run_as_they_are():
         assert torch.equal(out, run(*inputs, layout, None))
         out.sum().backward()
         assert weight.grad.norm() > 0
+
+
+def test_gradients_are_added_to_what_is_there_and_not_kept():
+    torch.manual_seed(0)
+    weights = [nn.Parameter(torch.randn(5, 5)) for _ in range(37)]
+    for weight in weights:
+        weight.grad = torch.ones_like(weight)
+
+    def run():
+        x = torch.ones(2, 5)
+        for weight in weights:
+            x = torch.tanh(x @ weight) + x
+        return x
+
+    expected = torch.autograd.grad(run().sum(), weights)
+    output = run()
+    accumulate(output, weights, torch.ones_like(output))
+    for weight, gradient in zip(weights, expected, strict=True):
+        assert torch.equal(weight.grad, gradient + 1)
+    again = run()
+    again.sum().backward()  # no hook is left
+    assert torch.equal(weights[0].grad, 2 * expected[0] + 1)
 
 
 def _packed(*lengths):

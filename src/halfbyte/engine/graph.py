@@ -6,6 +6,7 @@ serves one number of tokens. The backward graph adds to the parameters' `.grad` 
 must stay where they are, as those of a flat optimizer do.
 """
 
+import contextlib
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -22,7 +23,7 @@ _log = logging.getLogger(__name__)
 MAX_TOKENS = 8192
 # Above so many, what a recording holds is large: it is made where the card has room for a step of
 # another size beside it, that is where this share of its memory was enough so far.
-_LARGE_TOKENS, _LARGE_SHARE = 4096, 0.6
+LARGE_TOKENS, _LARGE_SHARE = 4096, 0.6
 _MAX_GRAPHS = 32
 # What a graph for packed documents has room for. Attention launches programs for every document
 # of the greatest length, there or not: with much more room than is needed, that takes its time.
@@ -30,6 +31,8 @@ _DOCUMENTS = (16, 64, 256)
 _LENGTHS = (256, 1024, 4096)
 # Other threads, a checkpoint's writer above all, may allocate while this one records.
 _MODE = "thread_local"
+# Gradients that are added in one launch: about those of a layer.
+_ADDED_AT_ONCE = 16
 
 Run = Callable[[Tensor, Tensor, Tensor, Layout, Tensor | None], Tensor]
 
@@ -74,9 +77,11 @@ class Graphs:
 
     Args:
         parameters: What the backward accumulates gradients of.
+        is_thrifty: Memory is not to be spent on large graphs, however much there is.
     """
 
     parameters: Sequence[Tensor]
+    is_thrifty: bool = False
     _seen: set[_Size] = field(default_factory=set)
     _recorded: dict[_Size, _Recorded] = field(default_factory=dict)
     _pool: Any = None
@@ -133,11 +138,14 @@ class Graphs:
         return (
             x.is_cuda
             and not self.is_stopped
-            and x.shape[0] <= (MAX_TOKENS if _has_room(x.device) else _LARGE_TOKENS)
+            and x.shape[0] <= self._max_tokens(x.device)
             and torch.is_grad_enabled()
             and not x.requires_grad
             and all(p.grad is not None for p in self.parameters)
         )
+
+    def _max_tokens(self, device: torch.device) -> int:
+        return MAX_TOKENS if not self.is_thrifty and _has_room(device) else LARGE_TOKENS
 
     def _record(
         self, run: Run, x: Tensor, cos: Tensor, sin: Tensor, size: _Size, seed: Tensor | None
@@ -162,17 +170,49 @@ class Graphs:
             output = run(inputs[0], inputs[1], inputs[2], static, static_seed)
         grad_output = torch.zeros_like(output)
         with torch.cuda.graph(backward, pool=self._pool, capture_error_mode=_MODE):
-            # Not `backward`: its accumulation may belong to a step outside, on another stream.
-            grads = torch.autograd.grad(output, list(self.parameters), grad_output)
-            sums = [p.grad for p in self.parameters if p.grad is not None]
-            torch._foreach_add_(sums, grads)  # type: ignore[arg-type]
-            del grads
+            accumulate(output, self.parameters, grad_output)
         return _Recorded(tuple(inputs), output.detach(), grad_output, forward, backward)
 
 
 def _has_room(device: torch.device) -> bool:
     total = torch.cuda.get_device_properties(device).total_memory
     return torch.cuda.max_memory_allocated(device) <= _LARGE_SHARE * total
+
+
+def accumulate(output: Tensor, parameters: Sequence[Tensor], grad_output: Tensor) -> None:
+    """Add the gradients of `output` to the parameters' `.grad`, a few as soon as they are there.
+
+    Not by `backward`: its accumulation may belong to a step outside, on another stream. And not
+    all at the end: together they are as large as all adapters, and memory is recorded too.
+    """
+    stream = torch.cuda.current_stream(output.device) if output.is_cuda else None
+    nothing = output.new_zeros((), dtype=parameters[0].dtype)
+    waiting: list[tuple[Tensor, Tensor]] = []
+
+    def flush() -> None:
+        with torch.cuda.stream(stream) if stream is not None else contextlib.nullcontext():
+            sums, grads = zip(*waiting, strict=True)
+            torch._foreach_add_(sums, grads)
+        waiting.clear()
+
+    def adder(parameter: Tensor) -> Callable[[Tensor], Tensor]:
+        def add(grad: Tensor) -> Tensor:
+            assert parameter.grad is not None
+            waiting.append((parameter.grad, grad))
+            if len(waiting) == _ADDED_AT_ONCE:
+                flush()
+            return nothing.to(grad.dtype).expand(grad.shape)  # what autograd keeps instead
+
+        return add
+
+    hooks = [parameter.register_hook(adder(parameter)) for parameter in parameters]
+    try:
+        torch.autograd.grad(output, list(parameters), grad_output)
+        if waiting:
+            flush()
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 class _Replay(torch.autograd.Function):
