@@ -86,7 +86,7 @@ for rows, size in ((1, 1), (3, 7), (5, 64), (130, 300)):
     rms_norm_backward(grad, x, weight, 1e-5, delta)
     gate_up = normal(rows, 2 * size)
     gated_forward(gate_up, size, "silu")
-    gated_backward_(gate_up, grad, normal(rows, 6), normal(rows, 4), size, "silu")
+    gated_backward_(gate_up, grad, normal(rows, 6).split(3, 1), normal(rows, 4), size, "silu")
     for dtype in (torch.float32, torch.bfloat16):
         target = fenced(torch.randint(0, size, (rows,)))
         softmax_loss_(normal(rows, size, dtype=dtype), target)

@@ -64,8 +64,8 @@ def test_gated(rows, size, activation):
     grad, xa = normal(rows, size, seed=1, pitch=8), normal(rows, 6, seed=2)
     gb = normal(rows, 4, seed=3, pitch=9)
     mine, theirs = gate_up.clone(), gate_up.clone()
-    got = gated_backward_(mine, grad, xa, gb, size, activation)
-    want = gated_backward_.__wrapped__(theirs, grad, xa, gb, size, activation)
+    got = gated_backward_(mine, grad, (xa, xa), gb, size, activation)
+    want = gated_backward_.__wrapped__(theirs, grad, (xa, xa), gb, size, activation)
     torch.testing.assert_close(mine, theirs, rtol=2.0**-7, atol=1e-4)
     for a, b in zip(got, want, strict=True):
         assert a.dtype == torch.float32

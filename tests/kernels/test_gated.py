@@ -32,12 +32,13 @@ def test_forward_and_backward_equal_autograd_in_float64(shape, activation):
     assert _error(actual[:, :size], expected.detach()) < 1e-12
     buffer = gate_up.detach().clone()
     border = buffer[:, 2 * size :].clone()
-    xa, gb = torch.randn(tokens, 3, dtype=torch.float64), torch.randn(tokens, 2).double()
-    grads = gated.gated_backward_(buffer, grad, xa, gb, size, activation)
+    xa, gb = torch.randn(tokens, 5, dtype=torch.float64), torch.randn(tokens, 2).double()
+    xas = xa.split([3, 2], 1)
+    grads = gated.gated_backward_(buffer, grad, xas, gb, size, activation)
     assert _error(buffer[:, : 2 * size], expected_grad[:, : 2 * size]) < 1e-12
     assert torch.equal(buffer[:, 2 * size :], border)
-    assert _error(grads[0], expected_grad[:, :size].t() @ xa) < 1e-12
-    assert _error(grads[1], expected_grad[:, size : 2 * size].t() @ xa) < 1e-12
+    assert _error(grads[0], expected_grad[:, :size].t() @ xas[0]) < 1e-12
+    assert _error(grads[1], expected_grad[:, size : 2 * size].t() @ xas[1]) < 1e-12
     assert _error(grads[2], gb.t() @ expected.detach()) < 1e-12
 
 
@@ -52,13 +53,14 @@ def test_triton_twin_equals_the_reference(shape, activation, triton_device, half
     expected = gated.gated_forward.__wrapped__(gate_up.double(), size, activation)
     actual = twin.gated_forward(gate_up, size, activation, columns=8)
     assert _error(actual[:, :size], expected) < 4e-3
-    xa, gb = (torch.randn(tokens, n, device=triton_device).to(half_dtype) for n in (24, 8))
+    xa, gb = (torch.randn(tokens, n, device=triton_device).to(half_dtype) for n in (28, 8))
+    xas = xa.split([16, 12], 1)
     wanted = gate_up.double()
     expected_grads = gated.gated_backward_.__wrapped__(
-        wanted, grad.double(), xa.double(), gb.double(), size, activation
+        wanted, grad.double(), [t.double() for t in xas], gb.double(), size, activation
     )
     result = gate_up.clone()
-    grads = twin.gated_backward_(result, grad, xa, gb, size, activation)
+    grads = twin.gated_backward_(result, grad, xas, gb, size, activation)
     assert _error(result[:, : 2 * size], wanted[:, : 2 * size]) < 4e-3
     assert torch.equal(result[:, 2 * size :], gate_up[:, 2 * size :])
     for actual_grad, expected_grad in zip(grads, expected_grads, strict=True):
@@ -69,7 +71,7 @@ def test_triton_twin_equals_the_reference(shape, activation, triton_device, half
 def _gated_dropout(kernel, gate_up, grad, xa, gb, lora_A, mask):
     """Return the gradient of gate and up, and down's of A."""
     result = gate_up.clone()
-    grads = kernel(result, grad.clone(), xa, gb, grad.shape[1], "silu", mask, lora_A)
+    grads = kernel(result, grad.clone(), (xa, xa), gb, grad.shape[1], "silu", mask, lora_A)
     return result[:, : 2 * grad.shape[1]], grads[2]
 
 
@@ -103,5 +105,5 @@ def test_no_adapters_and_no_tokens_are_fine(triton_device, half_dtype):
         gate_up = torch.randn(tokens, 20, device=triton_device).to(half_dtype)
         none = torch.empty(tokens, 0, device=triton_device).to(half_dtype)
         grad = torch.randn(tokens, 10, device=triton_device).to(half_dtype)
-        grads = twin.gated_backward_(gate_up, grad, none, none, 10, "silu")
+        grads = twin.gated_backward_(gate_up, grad, (none, none), none, 10, "silu")
         assert [tuple(g.shape) for g in grads] == [(10, 0), (10, 0), (0, 10)]

@@ -326,18 +326,17 @@ def _backward_gated(
     grad_hidden = down.backward_input(grad_wide, wide, seed)
     grad_B = down.grad_B(grad_wide[:, : down.outputs], down_xa)
     gate_B, up_B, down_A = gated_backward_(
-        gate_up, grad_hidden, gate_up_xa, grad_wide[:, down.outputs :],
+        gate_up, grad_hidden, _of_both(group, gate_up_xa), grad_wide[:, down.outputs :],
         shape.intermediate_size, shape.activation, down.mask(seed), down.lora_A(wide),
     )  # fmt: skip
-    grads_B = _grads_of_both(group, gate_B, up_B)
+    is_one = len(group.projections) == 1  # whose outputs are gate, then up
+    found = [torch.cat((gate_B, up_B))] if is_one else [gate_B, up_B]
+    grads_B = [grad for grad, p in zip(found, group.projections, strict=True) if p.rank]
     return grads_B, pairs(down.split_ranks(down_A), grad_B)
 
 
-def _grads_of_both(group: Siblings, gate_B: Tensor, up_B: Tensor) -> list[Tensor]:
-    """Return the gradient of each B, from those of gate's and of up's outputs, `[I, R]` each."""
-    if len(group.projections) == 1:  # whose outputs are gate, then up
-        rank = group.projections[0].rank
-        return [torch.cat((gate_B, up_B))[:, :rank]] if rank else []
-    gate, up = group.projections
-    both = ((gate_B[:, : gate.rank], gate), (up_B[:, gate.rank : gate.rank + up.rank], up))
-    return [grad for grad, projection in both if projection.rank]
+def _of_both(group: Siblings, xa: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the columns of `x A^T` that gate reads, and those that up reads."""
+    ranks = [p.rank for p in group.projections]
+    gate = xa[:, : ranks[0]]
+    return gate, gate if len(ranks) == 1 else xa[:, ranks[0] : sum(ranks)]

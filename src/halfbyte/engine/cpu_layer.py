@@ -253,8 +253,8 @@ class _OutOfAttention(torch.autograd.Function):
         grad_hidden = down.backward_input(grad_down, gb, seed)
         nothing = grad_y.new_empty(grad_y.shape[0], 0)
         _, _, down_A = gated_backward_(
-            gate_up, grad_hidden, nothing, nothing if gb is None else gb, size, shape.activation,
-            down.siblings.mask(seed),
+            gate_up, grad_hidden, (nothing, nothing), nothing if gb is None else gb,
+            size, shape.activation, down.siblings.mask(seed),
         )  # fmt: skip
         grads_down = pairs([down_A] if down.adapted else [], down.grad_B(grad_down, down_xa))
         del grad_hidden, grad_down

@@ -45,7 +45,7 @@ def gated_forward(gate_up: Tensor, size: int, activation: str, *, columns: int =
 def gated_backward_(
     gate_up: Tensor,
     grad_hidden: Tensor,
-    gate_up_xa: Tensor,
+    xas: tuple[Tensor, Tensor],
     down_gb: Tensor,
     size: int,
     activation: str,
@@ -57,7 +57,7 @@ def gated_backward_(
     Args:
         gate_up: `[T, >= 2 I]` as in the forward; columns `[0, 2 I)` become their gradient.
         grad_hidden: `[T, I]`, the gradient of the gated product (its content may be lost).
-        gate_up_xa: `[T, R1]`, the scaled `x A^T` of gate and up.
+        xas: `[T, R]` each, the scaled `x A^T` of gate and of up (rows of one pitch).
         down_gb: `[T, R2]`, the scaled `dy B` of down (rows may have a pitch).
         size: I.
         activation: One of `ACTIVATIONS`.
@@ -66,8 +66,8 @@ def gated_backward_(
             `grad_hidden` first. None: it is in there.
 
     Returns:
-        float32 `[I, R1]` and `[I, R1]`, the gradients of B of gate and of up against every column
-        of `gate_up_xa`; and float32 `[R2, I]`, the gradient of A of down.
+        float32 `[I, R]` each, the gradients of B of gate and of up; and float32 `[R2, I]`, the
+        gradient of A of down.
     """
     if mask is not None and lora_A is not None:
         grad_hidden = add_masked_product_(grad_hidden, down_gb, lora_A, mask)
@@ -77,9 +77,10 @@ def gated_backward_(
         hidden = _activation(wide[:, :size], activation) * wide[:, size:]
         (grad,) = torch.autograd.grad(hidden, wide, grad_hidden.to(wide.dtype))
     gate_up[:, : 2 * size] = grad.to(gate_up.dtype)
-    xa, rounded = gate_up_xa.to(wide.dtype), gate_up[:, : 2 * size].to(wide.dtype)
+    rounded = gate_up[:, : 2 * size].to(wide.dtype)
     hidden = hidden.detach().to(gate_up.dtype)
     if mask is not None:
         hidden = dropout(hidden, mask)
-    grad_A = down_gb.to(wide.dtype).t() @ hidden.to(wide.dtype)
-    return rounded[:, :size].t() @ xa, rounded[:, size:].t() @ xa, grad_A
+    gate_B = rounded[:, :size].t() @ xas[0].to(wide.dtype)
+    up_B = rounded[:, size:].t() @ xas[1].to(wide.dtype)
+    return gate_B, up_B, down_gb.to(wide.dtype).t() @ hidden.to(wide.dtype)

@@ -28,7 +28,7 @@ def gated_forward(gate_up: Tensor, size: int, activation: str, *, columns: int =
 def gated_backward_(
     gate_up: Tensor,
     grad_hidden: Tensor,
-    gate_up_xa: Tensor,
+    xas: tuple[Tensor, Tensor],
     down_gb: Tensor,
     size: int,
     activation: str,
@@ -38,7 +38,7 @@ def gated_backward_(
     library = native.library()
     if library is None or not native.has_rows(gate_up, grad_hidden):
         return gated.gated_backward_.__wrapped__(  # type: ignore[attr-defined]
-            gate_up, grad_hidden, gate_up_xa, down_gb, size, activation, mask, lora_A
+            gate_up, grad_hidden, xas, down_gb, size, activation, mask, lora_A
         )
     if mask is not None and lora_A is not None:
         grad_hidden = add_masked_product_(grad_hidden, down_gb, lora_A, mask)
@@ -56,5 +56,6 @@ def gated_backward_(
     )
     if mask is not None:
         hidden = dropout(hidden, mask)
-    grad_B = (gate_up_xa.t() @ gate_up[:, : 2 * size]).float().t()
-    return grad_B[:size], grad_B[size:], (down_gb.t() @ hidden).float()
+    halves = gate_up[:, :size], gate_up[:, size : 2 * size]
+    gate_B, up_B = ((xa.t() @ half).float().t() for xa, half in zip(xas, halves, strict=True))
+    return gate_B, up_B, (down_gb.t() @ hidden).float()

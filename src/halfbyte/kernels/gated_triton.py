@@ -12,6 +12,11 @@ from halfbyte.kernels.dropout_triton import kept, row_keys
 _BLOCK = 1024
 # Programs of the backward: about sixteen for each of the 132 multiprocessors of an H100.
 _PROGRAMS = 2048
+# (columns, tokens, warps) of a tile of the backward; [with dropout, without]. [64, 32] tiles took
+# 513 us at 8,192 tokens of Llama 8B on an H100, [128, 32] ones 593 to 619.
+_TILES = {True: (64, 32, 4), False: (64, 32, 4)}
+# Accumulators of larger ranks would not fit into registers with as many columns.
+_MAX_RANKS, _TILE_OF_LARGE_RANKS = 64, (32, 32, 4)
 
 
 @triton.jit
@@ -52,9 +57,11 @@ def _gated_forward_kernel(
 
 @triton.jit(do_not_specialize=["salt", "threshold", "T"])
 def _gated_backward_kernel(
-    gate_up_ptr, grad_ptr, xa_ptr, gb_ptr, A_ptr, out_ptr, seed_ptr, salt, threshold, scale,
+    gate_up_ptr, grad_ptr, gate_xa_ptr, up_xa_ptr, gb_ptr, A_ptr, out_ptr,
+    seed_ptr, salt, threshold, scale,
     stride_in, stride_grad, stride_xa, stride_gb, stride_A, T, size, tokens_per_split,
-    R1: tl.constexpr, R2: tl.constexpr, BLOCK_R1: tl.constexpr, BLOCK_R2: tl.constexpr,
+    RG: tl.constexpr, RU: tl.constexpr, R2: tl.constexpr,
+    BLOCK_R1: tl.constexpr, BLOCK_R2: tl.constexpr,
     ACT: tl.constexpr, DROPS: tl.constexpr, ADDS: tl.constexpr,
     BLOCK_I: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
@@ -99,25 +106,30 @@ def _gated_backward_kernel(
         d_up = (grad * act).to(gate.dtype)
         tl.store(gate_ptrs, d_gate, mask=mask)
         tl.store(gate_ptrs + size, d_up, mask=mask)
-        if R1 > 0:
-            xa = tl.load(
-                xa_ptr + rows[:, None] * stride_xa + ranks1[None, :],
-                mask=row_mask[:, None] & (ranks1 < R1)[None, :], other=0.0,
-            )  # fmt: skip
+        xa_offs = rows[:, None] * stride_xa + ranks1[None, :]
+        if RG > 0:
+            xa_mask = row_mask[:, None] & (ranks1 < RG)[None, :]
+            xa = tl.load(gate_xa_ptr + xa_offs, mask=xa_mask, other=0.0)
             grad_gate = tl.dot(tl.trans(d_gate), xa, grad_gate, input_precision="ieee")
+        if RU > 0:
+            xa_mask = row_mask[:, None] & (ranks1 < RU)[None, :]
+            xa = tl.load(up_xa_ptr + xa_offs, mask=xa_mask, other=0.0)
             grad_up = tl.dot(tl.trans(d_up), xa, grad_up, input_precision="ieee")
         if R2 > 0:
             grad_down = tl.dot(tl.trans(hidden), gb, grad_down, input_precision="ieee")
-    # Partial sums of a split, each [size, 2 R1 + R2]; the host's sum over splits keeps an order.
-    width = 2 * R1 + R2
-    base = out_ptr + (split * size + columns.to(tl.int64))[:, None] * width
-    if R1 > 0:
-        mask1 = column_mask[:, None] & (ranks1 < R1)[None, :]
-        tl.store(base + ranks1[None, :], grad_gate, mask=mask1)
-        tl.store(base + R1 + ranks1[None, :], grad_up, mask=mask1)
+    # Partial sums of a split, one after the other; the sum over splits keeps an order.
+    gate_ptr = out_ptr + split * size * (RG + RU + R2)
+    up_ptr = gate_ptr + size * RG
+    if RG > 0:
+        ptrs = gate_ptr + columns[:, None] * RG + ranks1[None, :]
+        tl.store(ptrs, grad_gate, mask=column_mask[:, None] & (ranks1 < RG)[None, :])
+    if RU > 0:
+        ptrs = up_ptr + columns[:, None] * RU + ranks1[None, :]
+        tl.store(ptrs, grad_up, mask=column_mask[:, None] & (ranks1 < RU)[None, :])
     if R2 > 0:
-        mask2 = column_mask[:, None] & (ranks2 < R2)[None, :]
-        tl.store(base + 2 * R1 + ranks2[None, :], grad_down * scale, mask=mask2)
+        ptrs = up_ptr + size * RU + ranks2[:, None] * size + columns[None, :]
+        mask = (ranks2 < R2)[:, None] & column_mask[None, :]
+        tl.store(ptrs, tl.trans(grad_down) * scale, mask=mask)
 
 
 def gated_forward(gate_up: Tensor, size: int, activation: str, *, columns: int = 0) -> Tensor:
@@ -133,34 +145,34 @@ def gated_forward(gate_up: Tensor, size: int, activation: str, *, columns: int =
 def gated_backward_(
     gate_up: Tensor,
     grad_hidden: Tensor,
-    gate_up_xa: Tensor,
+    xas: tuple[Tensor, Tensor],
     down_gb: Tensor,
     size: int,
     activation: str,
     mask: Mask | None = None,
     lora_A: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    T, R1, R2 = gate_up.shape[0], gate_up_xa.shape[1], down_gb.shape[1]
-    # [64, 32] tiles took 513 us at 8,192 tokens of Llama 8B on an H100, [128, 32] ones 593 to 619.
-    # Accumulators of large ranks would not fit into registers with as many columns.
-    block_i, block_t = (64, 32) if max(R1, R2) <= 64 else (32, 32)
+    T = gate_up.shape[0]
+    RG, RU, R2 = (t.shape[1] for t in (*xas, down_gb))
+    is_large = max(RG, RU, R2) > _MAX_RANKS
+    block_i, block_t, warps = _TILE_OF_LARGE_RANKS if is_large else _TILES[mask is not None]
     column_blocks = triton.cdiv(size, block_i)
     splits = max(1, min(triton.cdiv(_PROGRAMS, column_blocks), triton.cdiv(T, 4 * block_t)))
     tokens = triton.cdiv(triton.cdiv(T, splits), block_t) * block_t
-    shape = (splits, size, 2 * R1 + R2)
     new = torch.empty if T else torch.zeros
-    partial = new(shape, dtype=torch.float32, device=gate_up.device)
+    partial = new(splits, size * (RG + RU + R2), dtype=torch.float32, device=gate_up.device)
     A = partial if lora_A is None else lora_A
     if T:
         _gated_backward_kernel[(column_blocks, splits)](
-            gate_up, grad_hidden, gate_up_xa, down_gb, A, partial,
+            gate_up, grad_hidden, *xas, down_gb, A, partial,
             *((partial, 0, 0, 1.0) if mask is None else (*mask[1:], mask.threshold, mask.scale)),
-            gate_up.stride(0), grad_hidden.stride(0), gate_up_xa.stride(0), down_gb.stride(0),
+            gate_up.stride(0), grad_hidden.stride(0), xas[0].stride(0), down_gb.stride(0),
             A.stride(0), T, size, tokens,
-            R1=R1, R2=R2, BLOCK_R1=max(triton.next_power_of_2(R1), 16),
+            RG=RG, RU=RU, R2=R2, BLOCK_R1=max(triton.next_power_of_2(max(RG, RU)), 16),
             BLOCK_R2=max(triton.next_power_of_2(R2), 16),
             ACT=activation, DROPS=mask is not None, ADDS=A is lora_A and mask is not None,
-            BLOCK_I=block_i, BLOCK_T=block_t, num_warps=4,
+            BLOCK_I=block_i, BLOCK_T=block_t, num_warps=warps,
         )  # fmt: skip
     total = partial.sum(0) if splits > 1 else partial[0]
-    return total[:, :R1], total[:, R1 : 2 * R1], total[:, 2 * R1 :].t()
+    gate_B, up_B, down_A = total.split([size * R for R in (RG, RU, R2)])
+    return gate_B.view(size, RG), up_B.view(size, RU), down_A.view(R2, size)

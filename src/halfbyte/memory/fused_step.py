@@ -312,10 +312,10 @@ class FusedStep:
         self._give([xa, *before, hidden])  # x itself
 
     def _gated_partials(self) -> list[int]:
-        """Return the float32 sums over tokens that `gated_backward_` makes."""
+        """Return the float32 sums over tokens that `gated_backward_` makes, gate and up apart."""
         shape = self.shape
-        columns = 2 * shape.gate_up.rank + shape.down.rank
-        is_large = max(shape.gate_up.rank, shape.down.rank) > _LARGE_RANK
+        columns = shape.gate_up.rank + shape.down.rank
+        is_large = max(shape.gate_up.rank // 2, shape.down.rank) > _LARGE_RANK
         blocks = -(-shape.intermediate // (_TILE_COLUMNS // 2 if is_large else _TILE_COLUMNS))
         splits = max(
             1, min(-(-_PROGRAMS // blocks), -(-self.tokens // (4 * _TILE_TOKENS)))
