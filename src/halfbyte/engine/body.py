@@ -56,7 +56,7 @@ class FusedBody:
         self._choices: dict[tuple[int, bool], policy.Choice] = {}
         self._num_staying = len(self.layers)
         adapters = [t for layer in self.layers for t in layer.adapters if t.requires_grad]
-        self._graphs = Graphs(adapters)
+        self._graphs = Graphs(adapters, is_thrifty=memory == "lean")
         self._offload: Offload | None = None
         self._has_warned = False
 
@@ -159,6 +159,16 @@ class FusedBody:
         if self._offload is None and "offload" in choice.levels:
             self._offload = Offload(device)
         return Passage(self._offload, choice.tile)
+
+    def logit_rows(self, hidden: Tensor) -> int | None:
+        """Return how many rows of logits are to be made at once; None where that is free.
+
+        Args:
+            hidden: `[T, H]`, what this body returned.
+        """
+        if not hidden.is_cuda:
+            return None
+        return policy.logit_rows(self.memory, self._choice_for(hidden).tile)
 
     def _choice_for(self, x: Tensor) -> policy.Choice:
         """Return what the layers keep for this many tokens, planned once a size."""

@@ -23,7 +23,7 @@ _log = logging.getLogger(__name__)
 MAX_TOKENS = 8192
 # Above so many, what a recording holds is large: it is made where the card has room for a step of
 # another size beside it, that is where this share of its memory was enough so far.
-LARGE_TOKENS, _LARGE_SHARE = 4096, 0.6
+LARGE_TOKENS, LARGE_SHARE = 4096, 0.6
 _MAX_GRAPHS = 32
 # What a graph for packed documents has room for. Attention launches programs for every document
 # of the greatest length, there or not: with much more room than is needed, that takes its time.
@@ -176,7 +176,7 @@ class Graphs:
 
 def _has_room(device: torch.device) -> bool:
     total = torch.cuda.get_device_properties(device).total_memory
-    return torch.cuda.max_memory_allocated(device) <= _LARGE_SHARE * total
+    return torch.cuda.max_memory_allocated(device) <= LARGE_SHARE * total
 
 
 def accumulate(output: Tensor, parameters: Sequence[Tensor], grad_output: Tensor) -> None:

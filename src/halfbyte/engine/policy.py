@@ -23,6 +23,7 @@ from halfbyte.engine.block import BlockShape
 LEVELS = ("offload", "input", "attention", "all")
 TILES = (8192, 4096, 2048, 1024)
 """Tokens of a tile, the largest first: smaller ones cost matrix products their speed."""
+_LOGIT_ROWS = 512
 # Inputs on the device while others are on the host: the one at work and the one on its way.
 _STAGED = 2
 
@@ -90,6 +91,11 @@ def _normed_heads(shape: BlockShape) -> int:
     """Return the elements of a token's q and k that are there twice, as they were before a norm."""
     heads = shape.num_heads + shape.num_key_value_heads
     return heads * shape.head_dim if shape.has_head_norms else 0
+
+
+def logit_rows(memory: str | int, tile: int) -> int | None:
+    """Return how many rows of logits are made at once where memory is short; else None."""
+    return _LOGIT_ROWS if memory == "lean" or tile else None
 
 
 def least_bytes(num_layers: int, sizes: LayerBytes, *, offloads: bool) -> int:

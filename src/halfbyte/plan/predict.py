@@ -7,7 +7,9 @@ from typing import Any, cast
 
 from peft import PeftModel
 
+from halfbyte.engine import policy
 from halfbyte.engine.body import FusedBody
+from halfbyte.engine.graph import LARGE_SHARE, LARGE_TOKENS, MAX_TOKENS
 from halfbyte.engine.obstacle import obstacle
 from halfbyte.memory.activations import checkpoint_activations
 from halfbyte.memory.fused_step import FusedStep
@@ -66,6 +68,8 @@ class Prediction:
         persistent: Bytes by owner that stay for the whole run.
         paged_bytes: Optimizer state that must be in host memory for the step to fit.
         kept: What the layers keep: name to number of layers; empty where not fused.
+        tile: Tokens that an MLP takes at a time; 0: all.
+        offloaded_bytes: Inputs of layers that are in host memory at once.
         why_unfused: Why the model's own layers run, or None.
     """
 
@@ -75,6 +79,8 @@ class Prediction:
     paged_bytes: int
     kept: Mapping[str, int]
     why_unfused: str | None
+    tile: int = 0
+    offloaded_bytes: int = 0
 
     @property
     def fits(self) -> bool:
@@ -92,6 +98,7 @@ class Planner:
     """
 
     def __init__(self, model: PeftModel, *, device_type: str = "cuda") -> None:
+        self.model = model
         causal: Any = cast(Any, model).get_base_model()
         self.causal = causal
         self.body: Any = getattr(causal, causal.base_model_prefix)
@@ -102,17 +109,21 @@ class Planner:
         head = causal.get_output_embeddings()
         self._vocabulary = int(head.weight.shape[0])
         self._itemsize = int(causal.dtype.itemsize)
+        self._input_bytes = int(causal.get_input_embeddings().weight.shape[1]) * self._itemsize
         self._fused: dict[str | int, FusedBody] = {}
         self._traced: dict[tuple[int, int, bool], Peak] = {}
 
     def predict(self, setting: Setting) -> Prediction:
         """Return the peak of a step.
 
-        Paged state counts as on the card where the step fits with it, else as away.
+        Paged state counts as on the card where the step fits with it, else as away; with "lean" it
+        is always away.
         """
         state = optimizer_bytes(self.elements, setting.state_bits)
         if setting.is_checkpointed and self.why_unfused is None:
             setting = replace(setting, memory="lean")
+        if setting.is_paged and setting.memory == "lean" and self.why_unfused is None:
+            return self._predict(setting, 0, state)
         prediction = self._predict(setting, state, 0)
         if setting.is_paged and not prediction.fits:
             # A step that fits neither way is shown as small as it gets.
@@ -121,34 +132,76 @@ class Planner:
 
     def _predict(self, setting: Setting, resident: int, paged: int) -> Prediction:
         persistent = {**self.persistent, OPTIMIZER: resident}
-        ledger = Ledger(persistent)
-        kept: dict[str, int] = {}
+        choice = policy.Choice([])
         if self.why_unfused is None:
-            kept = self._write_fused(ledger, setting)
+            choice = self._choose(setting, sum(persistent.values()))
+            peak = self._fused_peak(setting, choice, persistent)
         else:
+            ledger = Ledger(persistent)
             self._write_traced(ledger, setting)
-        peak = ledger.peak
+            peak = ledger.peak
         if paged:
             update = sum(persistent.values()) + slot_bytes(self.elements, setting.state_bits)
             if update > peak.nbytes:
-                owners = {**persistent, "optimizer pages on their way": update - ledger.nbytes}
+                owners = {
+                    **persistent,
+                    "optimizer pages on their way": update - sum(persistent.values()),
+                }
                 peak = Peak(update, "the update", owners)
-        return Prediction(setting, peak, persistent, paged, kept, self.why_unfused)
+        kept = {level: choice.levels.count(level) for level in dict.fromkeys(choice.levels)}
+        kept |= {"weights": choice.num_staying} if choice.num_staying else {}
+        offloaded = choice.levels.count("offload") * setting.tokens * self._input_bytes
+        return Prediction(
+            setting, peak, persistent, paged, kept, self.why_unfused, choice.tile, offloaded
+        )
 
-    def _write_fused(self, ledger: Ledger, setting: Setting) -> dict[str, int]:
+    def _choose(self, setting: Setting, persistent: int) -> policy.Choice:
+        """Return what the layers keep on this card."""
         if setting.memory not in self._fused:
             self._fused[setting.memory] = FusedBody(self.body, memory=setting.memory)
-        body = self._fused[setting.memory]
-        free = sum(self.persistent.values()) * 100  # no card: nothing is short
+        free = persistent * 100  # no card: nothing is short
         if setting.total_bytes is not None:
-            free = max(setting.total_bytes - CONTEXT_BYTES - ledger.nbytes, 0)
-        choice = body.choose(setting.tokens, self._itemsize, free)
-        shape = fused_shape(body, self._itemsize)
-        step = FusedStep(ledger, shape, setting.tokens, choice.levels, choice.num_staying)
+            free = max(setting.total_bytes - CONTEXT_BYTES - persistent, 0)
+        return self._fused[setting.memory].choose(setting.tokens, self._itemsize, free)
+
+    def _fused_peak(
+        self, setting: Setting, choice: policy.Choice, persistent: Mapping[str, int]
+    ) -> Peak:
+        """Return the peak of a step as recorded graphs, where there are some; else without."""
+        plain = self._write_fused(setting, choice, persistent, is_recorded=False)
+        total = setting.total_bytes
+        is_small = setting.tokens <= LARGE_TOKENS
+        if not is_small:
+            has_room = total is None or plain.nbytes <= LARGE_SHARE * total
+            is_small = setting.memory != "lean" and setting.tokens <= MAX_TOKENS and has_room
+        if not is_small:
+            return plain
+        recorded = self._write_fused(setting, choice, persistent, is_recorded=True)
+        # Without room for a recording, a run does without.
+        return recorded if total is None or recorded.nbytes <= usable_bytes(total) else plain
+
+    def _write_fused(
+        self,
+        setting: Setting,
+        choice: policy.Choice,
+        persistent: Mapping[str, int],
+        *,
+        is_recorded: bool,
+    ) -> Peak:
+        ledger = Ledger(persistent)
+        step = FusedStep(
+            ledger,
+            fused_shape(self._fused[setting.memory], self._itemsize),
+            setting.tokens,
+            choice.levels,
+            choice.num_staying,
+            tile=choice.tile,
+            is_recorded=is_recorded,
+        )
         labels, chunk = self._labels(setting)
+        chunk = policy.logit_rows(setting.memory, choice.tile) or chunk
         step.write(labels=labels, vocabulary=self._vocabulary, chunk_rows=chunk)
-        kept = {level: choice.levels.count(level) for level in dict.fromkeys(choice.levels)}
-        return kept | ({"weights": choice.num_staying} if choice.num_staying else {})
+        return ledger.peak
 
     def _write_traced(self, ledger: Ledger, setting: Setting) -> None:
         key = (setting.rows, setting.length, setting.is_checkpointed)

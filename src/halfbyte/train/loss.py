@@ -159,6 +159,7 @@ class LanguageModel:
             head.linear.weight,
             packed.labels,
             bias=head.linear.bias,
+            chunk_rows=body.logit_rows(hidden),
             logit_scale=head.logit_scale,
             softcap=head.softcap,
             all_labelled=True,
