@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from halfbyte.generate import decoding as decoding_module
 from halfbyte.generate.batch import generate_batch
 from halfbyte.generate.decoding import Decoding
 from halfbyte.generate.generate import generate
@@ -59,6 +60,15 @@ def test_batches_answer_alike_with_one_decoder(taught, tokenizer, counting):
     kept = decoding._decoder
     assert generate_batch(taught, tokenizer, prompts, batch_size=3, decoding=decoding) == expected
     assert decoding._decoder is kept
+
+
+def test_why_transformers_answers_is_told_once(taught, tokenizer, monkeypatch):
+    monkeypatch.setattr(decoding_module, "obstacle", lambda model: "it has wings")
+    told = []
+    decoding = Decoding(anywhere=True, tell=told.append)
+    for _ in range(2):
+        assert generate(taught, tokenizer, prompt("2+2?"), decoding=decoding) == "four"
+    assert told == ["it has wings"]
 
 
 def test_without_a_gpu_transformers_answers(taught, tokenizer):

@@ -62,6 +62,13 @@ def test_a_float32_checkpoint_stays_float32(base):
     assert load(base, device="cpu")[0].dtype == torch.float32
 
 
+def test_no_progress_goes_to_what_is_no_terminal(tiny_base, capsys, monkeypatch):
+    monkeypatch.setattr(transformers.utils.logging, "_tqdm_active", True)
+    load(tiny_base)
+    assert "Loading weights" not in capsys.readouterr().err
+    assert transformers.utils.logging.is_progress_bar_enabled()
+
+
 def test_loads_shards(base, tokens):
     expected = logits(load(base, device="cpu")[0], tokens)
     transformers.AutoModelForCausalLM.from_pretrained(base).save_pretrained(

@@ -10,6 +10,7 @@ from halfbyte.cli.generate import (
     Temperature,
     TopK,
     TopP,
+    say_why_slow,
     write,
 )
 from halfbyte.cli.opening import Adapters, Device, Model, Quant
@@ -34,6 +35,7 @@ def chat(
     quieten()
     from halfbyte.cli.opening import named_adapters, open_adapters, open_base
     from halfbyte.generate.chat import Conversation, run_chat
+    from halfbyte.generate.decoding import Decoding
     from halfbyte.generate.dense import dense_weights
     from halfbyte.generate.sampling import Sampling
 
@@ -50,6 +52,13 @@ def chat(
     if not any(each.chat_template for each in (tokenizer, *tokenizers.values())):
         print("note: no chat template; every line is continued on its own", file=sys.stderr)
     mark = "> " if sys.stdin.isatty() else ""
-    conversation = Conversation(loaded, tokenizer, sampling, system, tokenizers=tokenizers)
+    conversation = Conversation(
+        loaded,
+        tokenizer,
+        sampling,
+        system,
+        tokenizers=tokenizers,
+        decoding=Decoding(tell=say_why_slow),
+    )
     with dense_weights(loaded):  # once for the whole conversation
         run_chat(conversation, lambda: input(mark), write)

@@ -39,6 +39,7 @@ def generate(
 
     quieten()
     from halfbyte.cli.opening import open_model
+    from halfbyte.generate.decoding import Decoding
     from halfbyte.generate.generate import generate as generate_text
     from halfbyte.generate.sampling import Sampling
 
@@ -55,8 +56,20 @@ def generate(
     messages = [{"role": "system", "content": system}] if system else []
     messages.append({"role": "user", "content": text})
     is_chat = tokenizer.chat_template and not raw
-    generate_text(loaded, tokenizer, messages if is_chat else text, stream=write, sampling=sampling)
+    generate_text(
+        loaded,
+        tokenizer,
+        messages if is_chat else text,
+        stream=write,
+        sampling=sampling,
+        decoding=Decoding(tell=say_why_slow),
+    )
     print()
+
+
+def say_why_slow(reason: str) -> None:
+    """Say why a GPU's answers do not come from the fused decoder."""
+    print(f"note: transformers generates, which is slower: {reason}", file=sys.stderr)
 
 
 def write(piece: str) -> None:

@@ -48,6 +48,7 @@ class Conversation:
         messages: Turns so far, without the system message.
         tokenizers: Those of adapters that have their own, by the adapter's name.
         adapter: Which adapter answers, None for the base alone; at first the active one.
+        decoding: Where answers come from.
     """
 
     model: PreTrainedModel
@@ -57,7 +58,7 @@ class Conversation:
     messages: list[Message] = field(default_factory=list)
     tokenizers: Mapping[str, PreTrainedTokenizerBase] = field(default_factory=dict)
     adapter: str | None = None
-    _decoding: Decoding = field(default_factory=Decoding)
+    decoding: Decoding = field(default_factory=Decoding)
 
     def __post_init__(self) -> None:
         if self.adapter is None and isinstance(self.model, PeftModel):
@@ -121,7 +122,7 @@ class Conversation:
         with self._use(adapter), contextlib.suppress(KeyboardInterrupt):
             generate(
                 self.model, tokenizer, prompt,
-                stream=collect, sampling=self.sampling, decoding=self._decoding,
+                stream=collect, sampling=self.sampling, decoding=self.decoding,
             )  # fmt: skip
         return "".join(pieces)
 

@@ -5,7 +5,7 @@ seeds mean the same.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
@@ -33,10 +33,13 @@ class Decoding:
 
     Args:
         anywhere: Use it without a GPU too, where it is not faster.
+        tell: Called with the reason when a GPU's answers come from transformers, once for each.
     """
 
     anywhere: bool = False
+    tell: Callable[[str], None] = lambda _: None
     _decoder: Decoder | None = None
+    _told: set[str] = field(default_factory=set)
 
     def answer(
         self,
@@ -77,8 +80,14 @@ class Decoding:
         room = -(-length // _STEP_OF_ROOM) * _STEP_OF_ROOM
         if batch == 1:
             room = max(1 << (length - 1).bit_length(), _SMALLEST_ROOM)
-        if obstacle(model) is None and cache_fits(model, batch, room):
+        reason = obstacle(model)
+        if reason is None and not cache_fits(model, batch, room):
+            reason = f"there is no memory for the keys and values of {batch} x {room} tokens"
+        if reason is None:
             self._decoder = Decoder(model, batch=batch, length=room)
+        elif reason not in self._told:
+            self._told.add(reason)
+            self.tell(reason)
         return self._decoder
 
 

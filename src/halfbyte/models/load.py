@@ -4,11 +4,15 @@ The folder is checked from its headers first; then transformers' `from_pretraine
 layers become 4-bit while it does (see `halfbyte.quant.quantizer`).
 """
 
+import contextlib
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
 
 import halfbyte
 from halfbyte.checkpoint.header import read_json
@@ -127,9 +131,10 @@ def _with_quantization(skeleton: Skeleton, quant: NF4Config | None) -> Any:
 
 def _from_pretrained(folder: Path, settings: dict[str, Any]) -> Any:
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            folder, output_loading_info=True, **settings
-        )
+        with _bars_in_terminals_only():
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                folder, output_loading_info=True, **settings
+            )
     except HalfbyteError:
         raise
     except (ImportError, ValueError) as error:
@@ -150,6 +155,19 @@ def _from_pretrained(folder: Path, settings: dict[str, Any]) -> Any:
             hint="the download is incomplete, or config.json belongs to another model",
         )
     return model
+
+
+@contextlib.contextmanager
+def _bars_in_terminals_only() -> Iterator[None]:
+    """Keep transformers' progress out of files and pipes, where a bar is a line for each change."""
+    if sys.stderr.isatty() or not transformers_logging.is_progress_bar_enabled():
+        yield
+        return
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.enable_progress_bar()
 
 
 def _tell_padding(model: Any, tokenizer: PreTrainedTokenizerBase) -> None:
