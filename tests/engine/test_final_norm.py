@@ -1,14 +1,15 @@
 import pytest
 import torch
+from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from halfbyte.engine.final_norm import final_norm
 
 
-def make(dtype=torch.float32, *, is_trained=False):
+def make(dtype=torch.float32, *, is_trained=False, kind=LlamaRMSNorm):
     torch.manual_seed(0)
-    norm = LlamaRMSNorm(96, eps=1e-5)
-    norm.weight.data.normal_(1, 0.2)
+    norm = kind(96, eps=1e-5)
+    norm.weight.data.normal_(1 - (kind is GemmaRMSNorm), 0.2)
     norm.to(dtype).requires_grad_(is_trained)
     return norm, torch.randn(13, 96).to(dtype).requires_grad_()
 
@@ -21,15 +22,16 @@ def run(function, x, weight):
 
 def in_float64(norm, x, weight):
     def formula(x):
-        scale = torch.rsqrt(x.square().mean(-1, keepdim=True) + norm.variance_epsilon)
-        return x * scale * norm.weight.detach().double()
+        scale = torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-5)
+        return x * scale * (norm.weight.detach().double() + isinstance(norm, GemmaRMSNorm))
 
     return run(formula, x.detach().double().requires_grad_(), weight.double())
 
 
+@pytest.mark.parametrize("kind", [LlamaRMSNorm, GemmaRMSNorm])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_at_least_as_near_to_float64_as_transformers(dtype):
-    norm, x = make(dtype)
+def test_at_least_as_near_to_float64_as_transformers(dtype, kind):
+    norm, x = make(dtype, kind=kind)
     weight = torch.randn(13, 96).to(dtype)
     exact = in_float64(norm, x, weight)
     ours = run(lambda x: final_norm(norm, x), x, weight)
