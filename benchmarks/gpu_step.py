@@ -2,8 +2,10 @@
 
     python benchmarks/gpu_step.py --shapes 2x1024,4x2048 --memory auto,lean --out results.json
 
-The weights are random and made in place in four bits, so nothing is read from disk. Prints one JSON
-line a case. The peers run in `benchmarks/peers_step.py`, on the same shapes.
+The weights are random and made in place in four bits, so nothing is read from disk; `--checkpoint`
+loads what `benchmarks/random_checkpoint.py` made instead. A shape `lengths` is optimizer batches of
+4 x 2 examples as long as Alpaca's. Prints one JSON line a case. The peers run in
+`benchmarks/peers_step.py`, on the same shapes.
 """
 
 import argparse
@@ -166,25 +168,36 @@ def main() -> None:
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--dropout", type=float, default=0.0)
     parser.add_argument("--steps", type=int, default=6)
-    parser.add_argument("--lengths", type=Path, help="JSON list of lengths, for --shapes lengths")
+    parser.add_argument("--checkpoint", type=Path, help="load this folder; not --model")
+    parser.add_argument(
+        "--lengths", type=Path, default=Path(__file__).with_name("alpaca_lengths.json"),
+        help="JSON list of lengths, for --shapes lengths",
+    )  # fmt: skip
     parser.add_argument("--profile", type=Path, help="write kernel tables into this folder")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     device = torch.device("cuda")
-    model = random_model(args.model, device)
+    start = time.perf_counter()
+    if args.checkpoint is None:
+        model = random_model(args.model, device)
+    else:
+        model, _ = hb.load(args.checkpoint, device=device)
+    torch.cuda.synchronize()
+    loaded = round(time.perf_counter() - start, 2)
     model = hb.add_lora(
         model, hb.LoraConfig(r=args.rank, lora_alpha=2 * args.rank, lora_dropout=args.dropout)
     )
     model.train()
     optimizer = AdamW([(n, p) for n, p in model.named_parameters() if p.requires_grad], lr=1e-4)
     results = []
-    lengths = json.loads(args.lengths.read_text()) if args.lengths else []
+    lengths = json.loads(args.lengths.read_text())
     for shape in args.shapes.split(","):
         for memory in args.memory.split(","):
             try:
                 result = measure(model, optimizer, memory, shape, args.steps, lengths, args.dropout)
             except torch.OutOfMemoryError as error:
-                result = {"case": shape, "memory": memory, "error": str(error)[:200]}
+                result = {"case": shape, "memory": memory, "error": f"out of memory: {error}"[:160]}
+            result |= {"load_s": loaded} if args.checkpoint else {}
             results.append(result)
             print(json.dumps(result), flush=True)
             if args.profile and "error" not in result:
@@ -193,8 +206,9 @@ def main() -> None:
                 (args.profile / f"profile_{shape}_{memory}.txt").write_text(table)
     if args.out:
         machine = {
-            "card": torch.cuda.get_device_name(), "torch": torch.__version__, "model": args.model,
-            "rank": args.rank, "dropout": args.dropout,
+            "card": torch.cuda.get_device_name(), "torch": torch.__version__,
+            "model": str(args.checkpoint or args.model), "rank": args.rank,
+            "dropout": args.dropout,
         }  # fmt: skip
         args.out.write_text(json.dumps({"machine": machine, "results": results}, indent=1))
 
