@@ -24,7 +24,9 @@ def _error(actual, expected):
 @pytest.mark.parametrize("shape", SHAPES)
 def test_forward_and_backward_equal_autograd_in_float64(shape):
     (x, delta, grad, beside), weight = _inputs(shape, torch.float64)
-    residual, normed = rms_norm.add_rms_norm(x, delta, weight, 1e-6, columns=3)
+    scale = torch.full(shape[:1], torch.nan, dtype=torch.float64)
+    residual, normed = rms_norm.add_rms_norm(x, delta, weight, 1e-6, columns=3, scale=scale)
+    assert torch.equal(rms_norm.Factors(scale, weight)(residual), normed[:, : shape[1]])
     leaf = (x + delta).requires_grad_()
     expected = _norm(leaf, weight.double(), 1e-6)
     assert torch.equal(residual, x + delta)
@@ -43,7 +45,11 @@ def test_triton_twin_writes_what_the_reference_writes(shape, has_delta, triton_d
     x, delta, grad, beside, weight = args
     delta = delta if has_delta else None
     expected = rms_norm.add_rms_norm.__wrapped__(x, delta, weight, 1e-6, columns=8)
-    actual = twin.add_rms_norm(x, delta, weight, 1e-6, columns=8)
+    scale = torch.full(shape[:1], torch.nan, device=triton_device)
+    actual = twin.add_rms_norm(x, delta, weight, 1e-6, columns=8, scale=scale)
+    torch.testing.assert_close(
+        rms_norm.Factors(scale, weight)(actual[0]), actual[1][:, : shape[1]], rtol=0, atol=0
+    )
     assert torch.equal(actual[0], expected[0])
     assert actual[1].shape == expected[1].shape
     H = shape[1]

@@ -3,6 +3,7 @@ import torch
 
 from halfbyte.kernels import skinny
 from halfbyte.kernels.dropout import Mask, dropout, kept
+from halfbyte.kernels.rms_norm import Factors
 
 SHAPES = [(1, 48, 8), (7, 520, 48), (70, 72, 136)]
 
@@ -70,6 +71,17 @@ def test_gradient(shape, drops, kernels, triton_device, half_dtype):
     if mask is not None:
         expected = before + dropout(gb.double() @ lora_A.double(), mask)
     assert _error(grad_x, expected) < 2e-3
+
+
+@pytest.mark.parametrize("drops", [True, False])
+def test_gradient_against_what_was_normed(drops, kernels, triton_device, half_dtype):
+    torch.manual_seed(0)
+    x, gb = (_random(37, n, 8, triton_device, half_dtype) for n in (48, 8))
+    norm = Factors(torch.rand(37, device=triton_device), torch.randn(48, device=triton_device))
+    mask = _mask(drops, triton_device)
+    expected = kernels.rank_gradient(gb, norm(x), mask)
+    actual = kernels.rank_gradient(gb, x, mask, norm=norm)
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", ["product", "gradient"])

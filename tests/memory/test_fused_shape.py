@@ -11,5 +11,5 @@ def test_saved_bytes_of_a_token():
     attention = 256 + 512 + 24 + 256 + 8
     assert SHAPE.saved_bytes("offload", 1) == 0
     assert SHAPE.saved_bytes("input", 1) == 512
-    assert SHAPE.saved_bytes("attention", 1) == 2 * attention + 16
-    assert SHAPE.saved_bytes("all", 1) == 2 * (attention + 256 + 8 + 1024 + 32) + 16
+    assert SHAPE.saved_bytes("attention", 1) == 2 * attention + 20
+    assert SHAPE.saved_bytes("all", 1) == 2 * (attention + 256 + 8 + 1024 + 32) + 24

@@ -9,9 +9,9 @@ added; then what was normed is saved too.
 Shape letters: T tokens (batch and sequence flattened), H hidden size, I intermediate size.
 
 What is saved for the backward is chosen, not left to autograd: never a dequantized weight, never
-what a cheap kernel makes again (both norms' outputs, the gated product). Without `keep.everything`
-the products of o, gate and up are given up too, and the backward computes them again. Down's
-product is needed by nobody and is never computed again.
+what a cheap kernel makes again (both norms' outputs, from one number a row; the gated product).
+Without `keep.everything` the products of o, gate and up are given up too, and the backward computes
+them again. Down's product is needed by nobody and is never computed again.
 """
 
 import functools
@@ -26,7 +26,7 @@ from halfbyte.engine.projections import Siblings, pairs
 from halfbyte.kernels.border import with_border
 from halfbyte.kernels.gated import gated_backward_, gated_forward
 from halfbyte.kernels.head_norm import head_norm, head_norm_backward_
-from halfbyte.kernels.rms_norm import Norm, add_rms_norm
+from halfbyte.kernels.rms_norm import Factors, Norm, add_rms_norm
 from halfbyte.kernels.rope import rope_, rope_backward
 
 
@@ -123,20 +123,21 @@ class IntoAttention(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Return x `[T, H]` again, q `[T, heads, D]`, k and v `[T, key-value heads, D]`."""
         qkv = weights.qkv
-        normed = weights.norm(x, columns=qkv.rank)
+        scale = _row_factors(x)
+        normed = weights.norm(x, columns=qkv.rank, scale=scale)
         wide = qkv.wide(x)
         xa = qkv.down_(normed, wide, seed)
         out = qkv.forward(normed, wide, x.new_empty(x.shape[0], qkv.outputs))
         before, query, key, value = split_heads(out, weights.head_norm, shape, cos, sin)
         ctx.weights = weights
-        ctx.save_for_backward(x, xa, before, cos, sin, seed)
+        ctx.save_for_backward(x, scale, xa, before, cos, sin, seed)
         return x.view_as(x), query, key, value
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         """Return the gradients of x and of the adapters."""
         grad_x, *grad_heads = grads
-        x, xa, before, cos, sin, seed = ctx.saved_tensors
+        x, scale, xa, before, cos, sin, seed = ctx.saved_tensors
         weights, qkv = ctx.weights, ctx.weights.qkv
         grad_wide = x.new_empty(x.shape[0], qkv.outputs + qkv.rank)
         join_heads(grad_heads, before, weights.head_norm, cos, sin, grad_wide)
@@ -145,7 +146,8 @@ class IntoAttention(torch.autograd.Function):
         # Below the first layer is only the frozen embedding.
         is_first = not ctx.needs_input_grad[0]
         grad_normed = None if is_first else qkv.backward_input(grad_wide, wide, seed)
-        grads_A = qkv.grad_A_(grad_wide, wide, weights.norm(x), seed, grad_normed)
+        factors = Factors(scale, weights.norm.weight)
+        grads_A = qkv.grad_A_(grad_wide, wide, x, seed, grad_normed, factors)
         adapters = pairs(grads_A, qkv.grad_B(grad_wide, xa))
         del wide, grad_wide
         if grad_normed is None:
@@ -169,7 +171,7 @@ class OutOfAttention(torch.autograd.Function):
         *adapters: Tensor,
     ) -> Tensor:
         """Return y `[T, H]` from attention `[T, heads * D]` and x `[T, H]`."""
-        mid, o_xa, o_out, normed = _middle(attention, x, weights, seed)
+        mid, scale, o_xa, o_out, normed = _middle(attention, x, weights, seed)
         gate_up, gate_up_xa = _gate_up(normed, weights.gate_up, seed)
         del normed
         down = weights.down
@@ -186,7 +188,7 @@ class OutOfAttention(torch.autograd.Function):
             down.forward(hidden, wide, y)
             y += mid
         ctx.weights, ctx.shape, ctx.everything = weights, shape, keep.everything
-        kept = (mid, o_xa, o_out, gate_up, gate_up_xa) if keep.everything else (x,)
+        kept = (mid, scale, o_xa, o_out, gate_up, gate_up_xa) if keep.everything else (x,)
         ctx.save_for_backward(attention, down_xa, down_out, seed, *kept)
         return y
 
@@ -197,9 +199,9 @@ class OutOfAttention(torch.autograd.Function):
         weights, shape = ctx.weights, ctx.shape
         attention, down_xa, down_out, seed, *kept = ctx.saved_tensors
         if ctx.everything:
-            mid, o_xa, o_out, gate_up, gate_up_xa = kept
+            mid, scale, o_xa, o_out, gate_up, gate_up_xa = kept
         else:
-            mid, o_xa, o_out, normed = _middle(attention, kept[0], weights, seed)
+            mid, scale, o_xa, o_out, normed = _middle(attention, kept[0], weights, seed)
             gate_up, gate_up_xa = _gate_up(normed, weights.gate_up, seed)
             del normed
         grad_down = backward_branch(grad_y, down_out, weights.after_down, weights.down.rank)
@@ -211,10 +213,10 @@ class OutOfAttention(torch.autograd.Function):
         wide = group.wide_again(grad_y)
         group.up_(grad_gate_up, wide)
         grad_normed = group.backward_input(grad_gate_up, wide, seed)
-        normed = weights.norm(mid)
-        grads_A = group.grad_A_(grad_gate_up, wide, normed, seed, grad_normed)
+        factors = Factors(scale, weights.norm.weight)
+        grads_A = group.grad_A_(grad_gate_up, wide, mid, seed, grad_normed, factors)
         grads_group = pairs(grads_A, grads_B)
-        del normed, grad_gate_up, gate_up, wide
+        del grad_gate_up, gate_up, wide
         o, size = weights.o, mid.shape[1]
         grad_mid = weights.norm.backward(grad_normed, mid, grad_y, columns=o.rank)
         del grad_normed
@@ -278,10 +280,11 @@ def _middle(
     x: Tensor,
     weights: OutWeights,
     seed: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor]:
     """Return the residual after attention, and what the backward or the MLP needs beside it.
 
-    That is o's `x A^T`, what o gave where it is normed, and the residual normed (with a border).
+    That is its rows' factors in the norm, o's `x A^T`, what o gave where it is normed, and the
+    residual normed (with a border).
     """
     o, norm, o_out = weights.o, weights.norm, None
     wide = o.wide(x)
@@ -290,8 +293,16 @@ def _middle(
     delta = o.forward(attention_wide, wide, x.new_empty(x.shape))
     if weights.after_o is not None:
         o_out, delta = delta, weights.after_o(delta)
-    mid, normed = add_rms_norm(x, delta, norm.weight, norm.eps, columns=weights.gate_up.rank)
-    return mid, o_xa, o_out, normed
+    scale = _row_factors(x)
+    mid, normed = add_rms_norm(
+        x, delta, norm.weight, norm.eps, columns=weights.gate_up.rank, scale=scale
+    )
+    return mid, scale, o_xa, o_out, normed
+
+
+def _row_factors(x: Tensor) -> Tensor:
+    """Return room for a norm's factor of each row of x."""
+    return x.new_empty(x.shape[0], dtype=torch.promote_types(x.dtype, torch.float32))
 
 
 def backward_branch(grad: Tensor, out: Tensor | None, norm: Norm | None, rank: int) -> Tensor:

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from halfbyte.kernels.dropout import Mask
+from halfbyte.kernels.rms_norm import Factors
 from halfbyte.kernels.skinny import product_float32, rank_gradient, rank_product_
 from halfbyte.kernels.wide import assemble_
 from halfbyte.quant.weight import QuantizedWeight
@@ -207,20 +208,22 @@ class Siblings:
         x: Tensor,
         seed: Tensor | None,
         grad_x: Tensor | None,
+        norm: Factors | None = None,
     ) -> list[Tensor]:
         """Return the float32 gradient of each sibling's A; complete `grad_x` of `backward_input`.
 
         Args:
             grad_wide: With the border of `up_`.
             wide: The wide matrix.
-            x: `[T, K]`, what the projections read.
+            x: `[T, K]`, what the projections read, or with `norm` what was normed for them.
             seed: Of the forward.
-            grad_x: Its gradient, or None where nobody needs it.
+            grad_x: Gradient of what they read, or None where nobody needs it.
+            norm: What made the norm of x.
         """
         if not self.rank:
             return []
         border = grad_wide[:, self.outputs :]
-        grad = rank_gradient(border, x, self.mask(seed), self.lora_A(wide), grad_x)
+        grad = rank_gradient(border, x, self.mask(seed), self.lora_A(wide), grad_x, norm)
         return self.split_ranks(grad)
 
     def grad_B(self, grad_wide: Tensor, xa: Tensor) -> list[Tensor]:  # noqa: N802

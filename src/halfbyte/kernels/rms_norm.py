@@ -10,6 +10,7 @@ The weight is float32, with Gemma's `1 + w` already added, so that one kernel se
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,9 +18,32 @@ from torch import Tensor
 from halfbyte.kernels.dispatch import accelerated
 
 
+class Factors(NamedTuple):
+    """What a norm multiplied x with: its output is made again as x is read, without the mean.
+
+    Args:
+        scale: float32 `[T]`, as `add_rms_norm` wrote it.
+        weight: float32 `[H]`.
+    """
+
+    scale: Tensor
+    weight: Tensor
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Return x `[T, H]` normed, the same bits as the first time."""
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        return (wide * self.scale[:, None] * self.weight).to(x.dtype)
+
+
 @accelerated
 def add_rms_norm(
-    x: Tensor, delta: Tensor | None, weight: Tensor, eps: float, *, columns: int = 0
+    x: Tensor,
+    delta: Tensor | None,
+    weight: Tensor,
+    eps: float,
+    *,
+    columns: int = 0,
+    scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return `(residual, normed)`.
 
@@ -30,12 +54,15 @@ def add_rms_norm(
         eps: Added to the mean square.
         columns: Room for this many more columns after `normed`'s H, left unwritten: `normed` is
             then `[T, H + columns]`, ready to be the left operand of a product with LoRA inside.
+        scale: `[T]` float32, filled with each row's `rsqrt(mean(residual^2) + eps)`; or None.
     """
     residual = x if delta is None else x + delta
     wide = residual.to(torch.promote_types(x.dtype, torch.float32))
-    scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    factor = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    if scale is not None:
+        scale.copy_(factor[:, 0])
     normed = x.new_empty(x.shape[0], x.shape[1] + columns)
-    normed[:, : x.shape[1]] = (wide * scale * weight).to(x.dtype)
+    normed[:, : x.shape[1]] = (wide * factor * weight).to(x.dtype)
     return residual, normed
 
 
@@ -78,9 +105,9 @@ class Norm:
     weight: Tensor
     eps: float
 
-    def __call__(self, x: Tensor, *, columns: int = 0) -> Tensor:
+    def __call__(self, x: Tensor, *, columns: int = 0, scale: Tensor | None = None) -> Tensor:
         """Return the normed x; see `add_rms_norm`."""
-        return add_rms_norm(x, None, self.weight, self.eps, columns=columns)[1]
+        return add_rms_norm(x, None, self.weight, self.eps, columns=columns, scale=scale)[1]
 
     def backward(
         self, grad: Tensor, x: Tensor, beside: Tensor | None = None, *, columns: int = 0

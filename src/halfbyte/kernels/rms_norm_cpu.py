@@ -7,11 +7,19 @@ from halfbyte.kernels import native, rms_norm
 
 
 def add_rms_norm(
-    x: Tensor, delta: Tensor | None, weight: Tensor, eps: float, *, columns: int = 0
+    x: Tensor,
+    delta: Tensor | None,
+    weight: Tensor,
+    eps: float,
+    *,
+    columns: int = 0,
+    scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     library = native.library()
-    if library is None or not native.has_rows(x, delta):
-        return rms_norm.add_rms_norm.__wrapped__(x, delta, weight, eps, columns=columns)  # type: ignore[attr-defined]
+    if library is None or scale is not None or not native.has_rows(x, delta):
+        return rms_norm.add_rms_norm.__wrapped__(  # type: ignore[attr-defined]
+            x, delta, weight, eps, columns=columns, scale=scale
+        )
     rows, size = x.shape
     residual = x if delta is None else x.new_empty(rows, size)
     normed = x.new_empty(rows, size + columns)

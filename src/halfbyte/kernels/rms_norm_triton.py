@@ -8,9 +8,9 @@ from torch import Tensor
 
 @triton.jit
 def _add_rms_norm_kernel(
-    x_ptr, delta_ptr, weight_ptr, residual_ptr, normed_ptr,
+    x_ptr, delta_ptr, weight_ptr, residual_ptr, normed_ptr, scale_ptr,
     stride_x, stride_delta, stride_normed, H, eps,
-    HAS_DELTA: tl.constexpr, BLOCK: tl.constexpr,
+    HAS_DELTA: tl.constexpr, HAS_SCALE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     offs = tl.arange(0, BLOCK)
@@ -23,6 +23,8 @@ def _add_rms_norm_kernel(
         tl.store(residual_ptr + row * H + offs, x, mask=mask)
     wide = x.to(tl.float32)
     scale = tl.rsqrt(tl.sum(wide * wide, 0) / H + eps)
+    if HAS_SCALE:
+        tl.store(scale_ptr + row, scale)
     weight = tl.load(weight_ptr + offs, mask=mask, other=0.0)
     tl.store(
         normed_ptr + row * stride_normed + offs, (wide * scale * weight).to(x.dtype), mask=mask
@@ -59,7 +61,13 @@ def _launch(H: int) -> tuple[int, int]:
 
 
 def add_rms_norm(
-    x: Tensor, delta: Tensor | None, weight: Tensor, eps: float, *, columns: int = 0
+    x: Tensor,
+    delta: Tensor | None,
+    weight: Tensor,
+    eps: float,
+    *,
+    columns: int = 0,
+    scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     T, H = x.shape
     normed = torch.empty(T, H + columns, dtype=x.dtype, device=x.device)
@@ -69,8 +77,9 @@ def add_rms_norm(
     block, warps = _launch(H)
     _add_rms_norm_kernel[(T,)](
         x, x if delta is None else delta, weight, residual, normed,
+        weight if scale is None else scale,
         x.stride(0), 0 if delta is None else delta.stride(0), normed.stride(0), H, eps,
-        HAS_DELTA=delta is not None, BLOCK=block, num_warps=warps,
+        HAS_DELTA=delta is not None, HAS_SCALE=scale is not None, BLOCK=block, num_warps=warps,
     )  # fmt: skip
     return residual, normed
 

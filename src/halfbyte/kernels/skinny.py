@@ -6,6 +6,8 @@ reads (`kernels/dropout.py`), made in registers, so that no dropped copy is writ
     rank_product_   D(x) A^T and dy B    `[T, K] x [K, R]`
     rank_gradient   gb^T D(x)            `[R, T] x [T, K]`, the gradient of A, in float32
                     and on the way, where asked, grad_x += D(gb A): the same mask, made once
+
+What was normed is normed again as it is read, from one number a row.
 """
 
 import torch
@@ -13,6 +15,7 @@ from torch import Tensor
 
 from halfbyte.kernels.dispatch import accelerated
 from halfbyte.kernels.dropout import Mask, add_masked_product_, dropout
+from halfbyte.kernels.rms_norm import Factors
 
 
 @accelerated
@@ -39,6 +42,7 @@ def rank_gradient(
     mask: Mask | None = None,
     lora_A: Tensor | None = None,
     grad_x: Tensor | None = None,
+    norm: Factors | None = None,
 ) -> Tensor:
     """Return `gb^T x` `[R, K]` as float32 (or float64), its sum over tokens not rounded.
 
@@ -49,7 +53,10 @@ def rank_gradient(
         lora_A: `[R, K]` (rows may have a pitch), needed with a mask and `grad_x`.
         grad_x: `[T, K]`, to which `gb @ lora_A`, dropped as x is, is added in place; or None.
             Without a mask it is left alone: the product that made it had `lora_A` inside.
+        norm: Of x, which is given as it was before; None: x is as it was read.
     """
+    if norm is not None:
+        x = norm(x)
     if mask is not None:
         x = dropout(x, mask)
         if grad_x is not None and lora_A is not None:

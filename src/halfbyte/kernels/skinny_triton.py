@@ -9,6 +9,7 @@ from torch import Tensor
 
 from halfbyte.kernels.dropout import Mask
 from halfbyte.kernels.dropout_triton import kept, row_keys
+from halfbyte.kernels.rms_norm import Factors
 from halfbyte.kernels.skinny import product_float32
 
 # (tokens, columns, warps, stages) of a tile, and programs wanted; [with dropout, without].
@@ -74,10 +75,11 @@ def _sum_kernel(
 
 @triton.jit(do_not_specialize=["salt", "threshold", "T", "T_split"])
 def _gradient_kernel(
-    gb_ptr, x_ptr, A_ptr, grad_ptr, partial_ptr, seed_ptr, salt, threshold, scale,
+    gb_ptr, x_ptr, A_ptr, grad_ptr, partial_ptr, norm_scale_ptr, norm_weight_ptr,
+    seed_ptr, salt, threshold, scale,
     stride_gb, stride_x, stride_A, stride_grad, T, K, T_split,
     R: tl.constexpr, BLOCK_R: tl.constexpr, DROPS: tl.constexpr, ADDS: tl.constexpr,
-    ALIGNED: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr,
+    NORMS: tl.constexpr, ALIGNED: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     if ALIGNED:
         stride_gb, stride_x = tl.multiple_of(stride_gb, 8), tl.multiple_of(stride_x, 8)
@@ -90,6 +92,8 @@ def _gradient_kernel(
     small_mask = rank_mask[:, None] & column_mask[None, :]
     if ADDS:
         A = tl.load(A_ptr + ranks[:, None] * stride_A + columns[None, :], mask=small_mask, other=0)
+    if NORMS:
+        norm_weight = tl.load(norm_weight_ptr + columns, mask=column_mask, other=0.0)
     sums = tl.zeros((BLOCK_K, BLOCK_R), tl.float32)
     for block in range(0, T_split):
         rows = (split * T_split + block) * BLOCK_T + tl.arange(0, BLOCK_T)
@@ -97,6 +101,10 @@ def _gradient_kernel(
         mask = row_mask[:, None] & column_mask[None, :]
         x_ptrs = x_ptr + rows[:, None] * stride_x + columns[None, :]
         x = tl.load(x_ptrs, mask=mask, other=0.0)
+        if NORMS:
+            norm_scale = tl.load(norm_scale_ptr + rows, mask=row_mask, other=0.0)
+            normed = x.to(tl.float32) * norm_scale[:, None] * norm_weight[None, :]
+            x = normed.to(x.dtype)
         gb_ptrs = gb_ptr + rows[:, None] * stride_gb + ranks[None, :]
         gb = tl.load(gb_ptrs, mask=row_mask[:, None] & rank_mask[None, :], other=0.0)
         if DROPS:
@@ -173,14 +181,15 @@ def rank_gradient(
     mask: Mask | None = None,
     lora_A: Tensor | None = None,
     grad_x: Tensor | None = None,
+    norm: Factors | None = None,
 ) -> Tensor:
     (T, K), R = x.shape, gb.shape[1]
-    if mask is None and not _WITHOUT_DROPOUT["gradient"]:
+    if mask is None and norm is None and not _WITHOUT_DROPOUT["gradient"]:
         return product_float32(gb.t(), x)
     if R > _MAX_RANKS:
         A_parts = [None] * R if lora_A is None else lora_A.split(_MAX_RANKS)
         parts = zip(gb.split(_MAX_RANKS, 1), A_parts, strict=False)
-        return torch.cat([rank_gradient(g, x, mask, A, grad_x) for g, A in parts])
+        return torch.cat([rank_gradient(g, x, mask, A, grad_x, norm) for g, A in parts])
     if not T or not R:
         return torch.zeros(R, K, dtype=torch.float32, device=x.device)
     block_t, block_k, warps, stages = _GRADIENT_TILES[mask is not None]
@@ -191,10 +200,11 @@ def rank_gradient(
     if mask is not None and lora_A is not None and grad_x is not None:
         A, grad = lora_A, grad_x
     _gradient_kernel[(column_blocks, splits)](
-        gb, x, A, grad, partial, *_mask_arguments(mask, partial), mask.scale if mask else 1.0,
+        gb, x, A, grad, partial, *((partial, partial) if norm is None else norm),
+        *_mask_arguments(mask, partial), mask.scale if mask else 1.0,
         gb.stride(0), x.stride(0), A.stride(0), grad.stride(0), T, K, each,
         R=R, BLOCK_R=_block_ranks(R), DROPS=mask is not None, ADDS=grad is not x,
-        ALIGNED=_is_aligned(gb, x, A, grad),
+        NORMS=norm is not None,        ALIGNED=_is_aligned(gb, x, A, grad),
         BLOCK_T=block_t, BLOCK_K=block_k, num_warps=warps, num_stages=stages,
     )  # fmt: skip
     return partial.sum(0) if splits > 1 else partial[0]

@@ -82,8 +82,9 @@ class FusedShape:
             columns["attention"] + self.hidden + self.o.rank + self.branch
             + self.gate_up.outputs + 2 * self.gate_up.rank
         )  # fmt: skip
-        log_sum_exp = 0 if level == "input" else 4 * self.heads
-        return tokens * (columns[level] * self.itemsize + log_sum_exp)
+        # In float32: log-sum-exp of attention, and each norm's factor of a row.
+        numbers = {"input": 0, "attention": self.heads + 1, "all": self.heads + 2}
+        return tokens * (columns[level] * self.itemsize + 4 * numbers[level])
 
     def weight_bytes(self) -> int:
         """Return the bytes of all of a layer's dequantized matrices."""

@@ -112,10 +112,10 @@ class FusedStep:
         return 0 if self._staying else group.wide_elements() * self.shape.itemsize
 
     def _saved_in_attention(self) -> list[int]:
-        """Of x: `x A^T`, then q, k, v; with normed heads twice; then attention."""
+        """`x A^T` and the norm's factors, then q, k, v; with normed heads twice; then attention."""
         shape = self.shape
         return [
-            self._rows(shape.qkv.rank), self._rows(shape.qkv.outputs),
+            self._rows(shape.qkv.rank) + 4 * self.tokens, self._rows(shape.qkv.outputs),
             self._rows(shape.normed_heads * shape.head_dim),
             self._rows(shape.width), 4 * self.tokens * shape.heads,
         ]  # fmt: skip
@@ -124,7 +124,8 @@ class FusedStep:
         shape = self.shape
         return [
             self._rows(shape.hidden), self._rows(shape.o.rank), self._rows(shape.branch),
-            self._rows(shape.gate_up.rank), self._rows(shape.gate_up.outputs + shape.gate_up.rank),
+            self._rows(shape.gate_up.rank) + 4 * self.tokens,
+            self._rows(shape.gate_up.outputs + shape.gate_up.rank),
         ]  # fmt: skip
 
     def _saved_of_down(self) -> list[int]:
@@ -262,10 +263,7 @@ class FusedStep:
         ):
             pass
         ledger.take(ADAPTER_GRADS, grads)
-        with (
-            ledger.hold(WEIGHTS, self._wide(shape.gate_up)),
-            ledger.hold(WORK, hidden),
-        ):
+        with ledger.hold(WEIGHTS, self._wide(shape.gate_up)):
             ledger.take(WORK, hidden)  # the gradient of the norm's output
         if frees_early:
             ledger.give(SAVED, gate_up)
@@ -301,8 +299,7 @@ class FusedStep:
         ):
             if not is_first:
                 ledger.take(WORK, hidden)
-            with ledger.hold(WORK, hidden):  # x normed
-                ledger.take(ADAPTER_GRADS, grads)
+            ledger.take(ADAPTER_GRADS, grads)
         if not is_first:
             ledger.take(WORK, self._rows(shape.qkv.rank))  # the border of the new gradient
             ledger.give(WORK, self._rows(shape.qkv.rank))
