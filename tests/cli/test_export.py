@@ -8,8 +8,9 @@ from halfbyte.gguf.tokenizer import GgufTokenizer
 
 def test_a_run_becomes_files(run, run_on, tmp_path, data):
     demo_run = run_on("demo")
-    result = run("export", demo_run, "m.gguf", "--type", "q8_0")
+    result = run("export", demo_run, "m.gguf", "--type", "q8_0", "--onto", "auto")
     assert result.exit_code == 0, result.output
+    assert "nearer to what was trained, with a KL divergence" in result.stdout
     assert "16 of 16 (the data's) as in training" in result.stdout
     assert "36 Q8_0" in result.stdout
     modelfile = (tmp_path / "m.Modelfile").read_text()

@@ -1,11 +1,15 @@
 """halfbyte export: a GGUF file for llama.cpp and Ollama."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from halfbyte.cli.merging import Base, Recipe
+
 if TYPE_CHECKING:
+    from halfbyte.data.config import DataConfig
     from halfbyte.gguf.write import GgufResult
 
 _MOST_CONVERSATIONS = 200  # of the data, whose prompts are compared
@@ -24,20 +28,21 @@ def export(
         bool, typer.Option("--base-only", help="The base alone, as the run's training saw it.")
     ] = False,
     onto: Annotated[
-        str, typer.Option(help="What the adapter is added to: dequantized or original.")
+        str,
+        typer.Option(
+            help="What the adapter is added to: dequantized, the base as training saw it; "
+            "original, in 16 bits; auto: of both what measures nearer to what was trained."
+        ),
     ] = "dequantized",
     data: Annotated[
         str | None,
         typer.Option(
-            help="Rows whose prompts must come out as in training; by default the run's own."
+            help="Rows whose prompts must come out as in training, and on which `--onto auto` "
+            "measures; by default the run's own."
         ),
     ] = None,
-    base: Annotated[
-        str | None, typer.Option(help="The base, where it is not where training found it.")
-    ] = None,
-    quant: Annotated[
-        str | None, typer.Option(help="nf4 or fp4, where the adapter's folder does not say.")
-    ] = None,
+    base: Base = None,
+    quant: Recipe = None,
     modelfile: Annotated[bool, typer.Option(help="Write a Modelfile for Ollama beside it.")] = True,
     allow_differences: Annotated[
         bool,
@@ -55,10 +60,11 @@ def export(
     from halfbyte.cli.display import print_facts, quieten, size
 
     quieten()
+    from halfbyte.adapters.files import CONFIG_FILE
+    from halfbyte.cli.merging import base_settings, measured, print_limits, rows_of
     from halfbyte.config import resolve_model
     from halfbyte.errors import ConfigError
     from halfbyte.export.config import MergeConfig
-    from halfbyte.quant.config import NF4Config
 
     _require_library()
     from halfbyte.gguf.adapter import export_adapter
@@ -67,23 +73,26 @@ def export(
     if adapter_only and base_only:
         raise ConfigError("--adapter-only and --base-only exclude each other")
     folder = resolve_model(model)
-    merge = MergeConfig(
-        onto=onto,  # type: ignore[arg-type]  # it is checked there
-        base=None if base is None else resolve_model(base),
-        quant=None if quant is None else NF4Config(quant_type=quant),
-    )
+    is_merged = (Path(folder) / CONFIG_FILE).is_file() and not (adapter_only or base_only)
+    merge = MergeConfig(onto=onto, **base_settings(base, quant))  # type: ignore[arg-type]
     if adapter_only:
         result = export_adapter(folder, out, type, merge=merge, overwrite=overwrite)
     else:
-        result = export_gguf(
-            folder,
-            out,
-            type,
-            merge=merge,
-            base_only=base_only,
-            conversations=_conversations(Path(folder), data),
-            allow_differences=allow_differences,
-            overwrite=overwrite,
+        rows = rows_of(Path(folder), data)
+        conversations = _conversations(rows.get("data"), is_named=data is not None)
+        result = measured(
+            lambda rows: export_gguf(
+                folder,
+                out,
+                type,
+                merge=replace(merge, **rows),
+                base_only=base_only,
+                conversations=conversations,
+                allow_differences=allow_differences,
+                overwrite=overwrite,
+            ),
+            rows if is_merged and onto == "auto" else {},
+            data,
         )
     facts = {
         "architecture": result.architecture,
@@ -96,6 +105,8 @@ def export(
     print_facts("", {name: fact for name, fact in facts.items() if fact})
     for notice in result.notices:
         print(f"note: {notice}")
+    if is_merged:
+        print_limits(folder)
 
 
 def _require_library() -> None:
@@ -110,29 +121,20 @@ def _require_library() -> None:
         )
 
 
-def _conversations(run: Path, data: str | None) -> list[Any]:
-    """Return rows of the data: those given, or the run's own where they are still there."""
-    import json
-
-    from halfbyte.cli.train import SETTINGS_FILE
-    from halfbyte.config import RunConfig, read_data_settings
+def _conversations(config: "DataConfig | None", *, is_named: bool) -> list[Any]:
+    """Return the first rows of the data; a run's own, which nobody named, may be gone."""
     from halfbyte.data.formats import detect
     from halfbyte.data.sources import decode, load_source
     from halfbyte.errors import DataError
 
-    path = run / SETTINGS_FILE
-    if data is None and not path.is_file():
+    if config is None:
         return []
-    if data is None:
-        config = RunConfig.from_yaml(path).data
-    else:
-        config = read_data_settings([f"path={json.dumps(data)}"], as_in=path)
     try:
         source = load_source(
             str(config.path), name=config.name, split=config.split, cache_dir=config.cache_dir
         )
     except DataError as error:
-        if data is not None:
+        if is_named:
             raise
         print(f"note: the run's own rows cannot be read: {error.message}")
         return []

@@ -1,12 +1,12 @@
 """halfbyte merge: adapter and base become one plain checkpoint."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
-if TYPE_CHECKING:
-    from halfbyte.export.merge import MergeResult
+from halfbyte.cli.merging import Base, Recipe
+from halfbyte.cli.opening import Device
 
 
 def merge(
@@ -27,18 +27,12 @@ def merge(
             "rows, or its training rows where it has none; `none` measures nothing."
         ),
     ] = None,
-    base: Annotated[
-        str | None, typer.Option(help="The base, where it is not where training found it.")
-    ] = None,
-    quant: Annotated[
-        str | None, typer.Option(help="nf4 or fp4, where the adapter's folder does not say.")
-    ] = None,
+    base: Base = None,
+    quant: Recipe = None,
     dtype: Annotated[
         str | None, typer.Option(help="bfloat16, float16 or float32; by default the base's.")
     ] = None,
-    device: Annotated[
-        str | None, typer.Option(help="cuda, cuda:1, cpu; by default the GPU.")
-    ] = None,
+    device: Device = None,
     max_shard_size: Annotated[str, typer.Option(help="Largest file of weights.")] = "5GB",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT.")] = False,
 ) -> None:
@@ -50,20 +44,19 @@ def merge(
     from halfbyte.cli.display import print_facts, quieten, size
 
     quieten()
-    from halfbyte.config import resolve_model
-    from halfbyte.export.consumers import adapter_limits
-    from halfbyte.quant.config import NF4Config
+    from halfbyte.cli.merging import base_settings, measured, print_limits, rows_of
+    from halfbyte.export.merge import merge as merge_adapter
 
-    settings = {
+    settings: dict[str, Any] = {
+        **base_settings(base, quant),
         "onto": onto,
-        "base": None if base is None else resolve_model(base),
         "dtype": dtype,
-        "quant": None if quant is None else NF4Config(quant_type=quant),
         "device": device,
         "max_shard_size": max_shard_size,
         "overwrite": overwrite,
     }
-    result = _merge(adapter, out, data, settings)
+    rows = {} if data == "none" else rows_of(Path(adapter), data)
+    result = measured(lambda rows: merge_adapter(adapter, out, **rows, **settings), rows, data)
     print("\n".join(result.words()))
     facts = {
         "tensors changed": f"{result.tensors_merged} of {result.tensors}",
@@ -71,38 +64,4 @@ def merge(
         "written to": out,
     }
     print_facts("", facts)
-    for limit in adapter_limits(adapter):
-        print(f"note: unmerged, {limit}")
-
-
-def _merge(adapter: str, out: Path, data: str | None, settings: dict[str, Any]) -> "MergeResult":
-    """Merge, measured where there are rows; the run's own ones may be gone."""
-    from halfbyte.errors import DataError
-    from halfbyte.export.merge import merge as merge_adapter
-
-    rows = _rows(Path(adapter), data)
-    try:
-        return merge_adapter(adapter, out, **rows, **settings)
-    except DataError as error:
-        if data is not None:
-            raise
-        print(f"not measured, the run's own rows cannot be read: {error.message}")
-        return merge_adapter(adapter, out, **settings)
-
-
-def _rows(run: Path, data: str | None) -> dict[str, Any]:
-    """Return which rows to measure on, and the seed that chose the run's held-out ones."""
-    import json
-
-    from halfbyte.cli.train import SETTINGS_FILE
-    from halfbyte.config import RunConfig, read_data_settings
-
-    path = run / SETTINGS_FILE
-    if data == "none":
-        return {}
-    if data is not None:
-        return {"data": read_data_settings([f"path={json.dumps(data)}"], as_in=path)}
-    if not path.is_file():
-        return {}
-    config = RunConfig.from_yaml(path)
-    return {"data": config.data, "seed": config.train.seed}
+    print_limits(adapter)

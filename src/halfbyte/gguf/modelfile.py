@@ -194,7 +194,7 @@ def modelfile_for(
     Raises:
         ConfigError: the template has no counterpart in Ollama.
     """
-    source = open_source(folder, merge, base_only=adapter_only)
+    source = open_source(folder, merge, base_only=True)  # it has the adapter's tokenizer
     tokenizer = source.tokenizer
     ids = (end_of_turn_id(tokenizer), tokenizer.eos_token_id)
     stops = [
