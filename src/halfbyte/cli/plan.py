@@ -38,7 +38,8 @@ def plan(
     from halfbyte.cli.display import quieten
 
     quieten()
-    from halfbyte.plan.fit import changes, table
+    from halfbyte.plan.changes import changes
+    from halfbyte.plan.fit import table
 
     config = read_config(source, settings or [])
     total = card_memory(vram, card)
@@ -171,7 +172,7 @@ def show(prediction: "Prediction", *, title: str) -> None:
 def before_training(config: "RunConfig") -> None:
     """Print the plan of a run that is about to load its model on a GPU."""
     from halfbyte.device import resolve_device
-    from halfbyte.plan.fit import changes
+    from halfbyte.plan.changes import changes
 
     if resolve_device(config.device).type != "cuda":
         return

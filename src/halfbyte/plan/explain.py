@@ -6,7 +6,7 @@ from peft import PeftModel
 
 from halfbyte.errors import DeviceError, HalfbyteError
 from halfbyte.memory.shortage import Shortage
-from halfbyte.plan.fit import changes
+from halfbyte.plan.changes import changes
 from halfbyte.plan.predict import Planner, Setting
 
 _GENERAL = "lower per_device_train_batch_size, max_length or r, or take a larger card"
