@@ -8,6 +8,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import (
     AutoModelForCausalLM,
     Gemma2Config,
+    Gemma3Config,
     Gemma3TextConfig,
     GemmaConfig,
     MistralConfig,
@@ -20,7 +21,7 @@ from transformers import (
 from halfbyte.engine.attention import Layout
 from halfbyte.engine.body import FusedBody
 from halfbyte.engine.cpu_layer import CpuLayer
-from halfbyte.engine.families import NO_ROPE, family_of, parts_of
+from halfbyte.engine.families import NO_ROPE, family_of, parts_of, text_part
 from halfbyte.engine.layer import FusedLayer
 from halfbyte.engine.obstacle import obstacle
 from halfbyte.quant.linear import NF4Linear
@@ -165,6 +166,24 @@ def test_dropout_is_the_same_whatever_is_saved_and_wherever_it_runs(kind):
     for name, want in results[0].items():
         assert all(error(other[name], want) < 1e-5 for other in results[1:])
         assert error(undropped[name], want) > 1e-2
+
+
+def test_of_a_multimodal_model_the_language_model_runs_fused():
+    vision = {
+        "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1,
+        "num_attention_heads": 2, "image_size": 28, "patch_size": 14,
+    }  # fmt: skip
+    config = Gemma3Config(
+        text_config=CONFIGS["gemma3"], vision_config=vision, mm_tokens_per_image=4,
+        image_token_index=95,
+    )  # fmt: skip
+    model = AutoModelForCausalLM.from_config(config).float()
+    text = text_part(model)
+    assert text is model.model.language_model
+    assert obstacle(text) is None
+    expected = model.model(input_ids=IDS, use_cache=False)[0]
+    assert error(FusedBody(text)(IDS)[0], expected) < 1e-5
+    assert text_part(text) is None
 
 
 def test_a_layer_is_read_by_its_family():

@@ -98,6 +98,12 @@ class Parts:
         return {**self.qkv, "o_proj": self.o, **self.gate_up, "down_proj": self.down}
 
 
+def text_part(model: Any) -> Any:
+    """Return the body of a model that reads tokens: of a multimodal one its language model."""
+    body = getattr(model, model.base_model_prefix, None)
+    return getattr(body, "language_model", body)
+
+
 def family_of(module: nn.Module) -> Family | None:
     """Return the family of a decoder layer or an RMSNorm, by the name of its class, or None."""
     name = type(module).__name__
