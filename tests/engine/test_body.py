@@ -6,6 +6,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config
 
+from halfbyte.engine import policy
 from halfbyte.engine.attention import Layout
 from halfbyte.engine.body import FusedBody
 from halfbyte.engine.obstacle import obstacle
@@ -201,3 +202,38 @@ def test_weights_that_stay_change_no_gradient_of_any_step(memory):
     for plain, staying in zip(steps[:3], steps[3:], strict=True):
         for name, gradient in plain.items():
             assert torch.equal(staying[name], gradient), name
+
+
+@pytest.mark.parametrize(
+    "lora", [{}, {"target_modules": ["v_proj", "up_proj"], "layers_to_transform": [1, 2]}]
+)
+def test_inputs_that_leave_for_the_host_change_no_gradient(monkeypatch, lora):
+    """As on a GPU, where host and device are two memories."""
+    model = _model(lora_dropout=0.2, **lora).train()
+    ids, weight = torch.randint(0, 96, (2, 17)), torch.randn(2, 17, 128)
+    found = {}
+    for level in ("input", "offload"):
+        fused = FusedBody(model.get_base_model().model, memory="lean")
+        choice = policy.Choice([level, level, "input"])
+        monkeypatch.setattr(fused, "choose", lambda *_, c=choice: c)
+        for step in range(2):
+            torch.manual_seed(step)
+            found[level, step] = _gradients(model, fused(ids)[0], weight)
+    for (level, step), grads in found.items():
+        assert grads.keys() == found["input", step].keys()
+        for name, gradient in grads.items():
+            assert torch.equal(gradient, found["input", step][name]), (level, name)
+
+
+def test_tiles_are_taken_where_memory_is_short():
+    fused = FusedBody(_model().get_base_model().model, memory="lean")
+    tokens = 4096
+    chosen = [fused.choose(tokens, 2, free).tile for free in range(0, 40 * 10**6, 10**6)]
+    assert list(dict.fromkeys(chosen)) == [1024, 0]
+    assert fused.choose(tokens, 2, 10**9, 0).levels == ["input"] * 3
+    assert fused.choose(tokens, 2, 10**9).levels == ["offload", "offload", "input"]
+    assert fused.smaller_tile(tokens) == 2048
+    smaller = fused.with_memory("lean", max_tile=2048)
+    assert smaller.choose(tokens, 2, 10**9).tile == 2048
+    assert smaller.smaller_tile(tokens) == 1024
+    assert smaller.smaller_tile(1024) is None

@@ -1,7 +1,7 @@
 from dataclasses import replace
 
 from halfbyte.engine.block import BlockShape
-from halfbyte.engine.policy import LayerBytes, choose, plan
+from halfbyte.engine.policy import LayerBytes, choose, least_bytes, plan, tiles, working_bytes
 
 SHAPE = BlockShape(32, 8, 128, 14336, "silu")
 
@@ -55,3 +55,32 @@ def test_what_activations_leave_free_is_for_dequantized_weights():
     assert plan("auto", 2, sizes, 50, 10**6).num_staying == 2
     assert plan("fast", 2, sizes, 50, 0).num_staying == 0
     assert plan("lean", 2, sizes, 50, 10**6).num_staying == 0
+
+
+def test_inputs_go_to_the_host_where_not_even_they_fit_and_lift_late_layers():
+    sizes = LayerBytes(10, 30, 100)
+    cost = {"offload": 0, "input": 10, "attention": 30, "all": 100}
+    assert choose(6, sizes, 0, offloads=True) == ["offload"] * 5 + ["input"]
+    assert choose(6, sizes, 59, offloads=True) == ["offload"] * 5 + ["attention"]
+    assert choose(6, sizes, 60, offloads=True) == choose(6, sizes, 60) == ["input"] * 6
+    for budget in range(least_bytes(6, sizes, offloads=True), 60):
+        levels = choose(6, sizes, budget, offloads=True)
+        assert sum(cost[level] for level in levels) + 2 * 10 <= budget
+    assert choose(1, sizes, 0, offloads=True) == ["input"]
+
+
+def test_lean_keeps_the_least_that_there_is():
+    sizes = LayerBytes(10, 30, 100)
+    assert plan("lean", 3, sizes, 50, 10**9, offloads=True).levels == ["offload"] * 2 + ["input"]
+    assert plan("auto", 3, sizes, 50, 10**9, offloads=True).levels == ["all"] * 3
+    assert least_bytes(80, sizes, offloads=True) == 30
+    assert least_bytes(80, sizes, offloads=False) == 800
+
+
+def test_tiles_are_smaller_than_the_whole_and_take_less():
+    assert tiles(1000) == [0]
+    assert tiles(9000) == [0, 4096, 2048, 1024]
+    assert tiles(9000, max_tile=2048) == [2048, 1024]
+    assert tiles(4000, max_tile=8192) == [0, 1024]
+    sizes = [working_bytes(SHAPE, 4096, 9000, 2, tile) for tile in tiles(9000)]
+    assert sizes == sorted(sizes, reverse=True)

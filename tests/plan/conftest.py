@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from transformers import GemmaConfig, LlamaConfig
+from transformers import LlamaConfig, Olmo2Config
 
 from halfbyte import LoraConfig, NF4Config
 from halfbyte.plan.blueprint import blueprint
@@ -12,10 +12,10 @@ LLAMA_8B = LlamaConfig(
     hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
     num_key_value_heads=8, vocab_size=128256, dtype="bfloat16", architectures=["LlamaForCausalLM"],
 )  # fmt: skip
-GEMMA = GemmaConfig(
+OLMO = Olmo2Config(
     hidden_size=256, intermediate_size=512, num_hidden_layers=8, num_attention_heads=4,
-    num_key_value_heads=1, head_dim=64, vocab_size=1024, dtype="bfloat16",
-    architectures=["GemmaForCausalLM"],
+    num_key_value_heads=1, vocab_size=1024, dtype="bfloat16",
+    architectures=["Olmo2ForCausalLM"],
 )  # fmt: skip
 
 
@@ -47,6 +47,6 @@ def llama_planner(llama_8b_model):
 
 
 @pytest.fixture(scope="session")
-def gemma_planner(config_folder):
-    folder = config_folder(GEMMA)
+def unfused_planner(config_folder):
+    folder = config_folder(OLMO)
     return Planner(blueprint(folder, quant=NF4Config(), lora=LoraConfig(r=8), dtype=torch.bfloat16))

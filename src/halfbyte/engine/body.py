@@ -42,15 +42,21 @@ class FusedBody:
         memory: "auto" spends the free memory on saved activations, "lean" the least, "fast" saves
             all; or a budget for saved activations in bytes.
         kind: How a layer runs: `FusedLayer`, or `CpuLayer` where it is.
+        max_tile: Most tokens that an MLP may take at a time; None: what memory allows.
     """
 
     def __init__(
-        self, model: Any, *, memory: str | int = "auto", kind: type[FusedLayer] = FusedLayer
+        self,
+        model: Any,
+        *,
+        memory: str | int = "auto",
+        kind: type[FusedLayer] = FusedLayer,
+        max_tile: int | None = None,
     ) -> None:
         if isinstance(memory, str) and memory not in _MEMORY:
             raise ConfigError(f"expected memory of {_MEMORY} or a number of bytes, got {memory!r}")
         self.model = model
-        self.memory = memory
+        self.memory, self.max_tile = memory, max_tile
         self.layers = [kind(layer, model.config, index) for index, layer in enumerate(model.layers)]
         self._angles = Angles(model.rotary_emb, [layer.rope for layer in self.layers])
         self._choices: dict[tuple[int, bool], policy.Choice] = {}
@@ -60,9 +66,10 @@ class FusedBody:
         self._offload: Offload | None = None
         self._has_warned = False
 
-    def with_memory(self, memory: str | int) -> "FusedBody":
+    def with_memory(self, memory: str | int, *, max_tile: int | None = None) -> "FusedBody":
         """Return a body over the same layers that saves more or less."""
-        body = FusedBody(self.model, memory=memory, kind=type(self.layers[0]))
+        kind = type(self.layers[0])
+        body = FusedBody(self.model, memory=memory, kind=kind, max_tile=max_tile)
         body._graphs.is_stopped = self._graphs.is_stopped
         body._offload = self._offload
         return body
@@ -172,14 +179,17 @@ class FusedBody:
 
     def _choice_for(self, x: Tensor) -> policy.Choice:
         """Return what the layers keep for this many tokens, planned once a size."""
-        # Sizes within an eighth share a plan, so that it is not made anew for every batch.
-        unit = 1 << max(x.shape[0].bit_length() - 4, 0)
-        key = (-(-x.shape[0] // unit) * unit, torch.is_grad_enabled())
+        key = self._key(x.shape[0])
         if key not in self._choices:
             self._choices[key] = self._plan(x)
             if torch.is_grad_enabled():
                 self._let_stay(self._choices[key].num_staying)
         return self._choices[key]
+
+    def _key(self, num_tokens: int) -> tuple[int, bool]:
+        """Return what shares a plan: sizes within an eighth, so that it is not made each time."""
+        unit = 1 << max(num_tokens.bit_length() - 4, 0)
+        return -(-num_tokens // unit) * unit, torch.is_grad_enabled()
 
     def _plan(self, x: Tensor) -> policy.Choice:
         free = _free_bytes(x.device) + self._staying_bytes()
@@ -217,7 +227,7 @@ class FusedBody:
         largest = max(layer.largest_weight for layer in self.layers) * itemsize
         all_weights = max(layer.weight_elements for layer in self.layers) * itemsize
         left = tile = 0
-        for tile in (0, *(size for size in policy.TILES if size < num_tokens)):
+        for tile in policy.tiles(num_tokens, self.max_tile):
             working = policy.working_bytes(shape, hidden_size, tokens, itemsize, tile)
             left = int(free_bytes * (1 - _RESERVE)) - working - (all_weights if tile else largest)
             if left >= policy.least_bytes(count, sizes, offloads=offloads):
@@ -225,6 +235,16 @@ class FusedBody:
         budget = self.memory if isinstance(self.memory, int) else left
         choice = policy.plan(self.memory, count, sizes, all_weights, budget, offloads=offloads)
         return replace(choice, tile=tile)
+
+    def smaller_tile(self, num_tokens: int) -> int | None:
+        """Return the next smaller tile than what so many tokens are taken in, None for none."""
+        if isinstance(self.layers[0], CpuLayer):  # which takes all
+            return None
+        now = min(self.max_tile or num_tokens, num_tokens)
+        chosen = self._choices.get(self._key(num_tokens))
+        if chosen is not None and chosen.tile:
+            now = min(now, chosen.tile)
+        return next((tile for tile in policy.tiles(num_tokens) if 0 < tile < now), None)
 
     def stop_recording(self) -> bool:
         """Give the memory of CUDA graphs back, for good; return whether there were any."""

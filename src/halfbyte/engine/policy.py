@@ -69,6 +69,15 @@ class Choice:
     tile: int = 0
 
 
+def tiles(num_tokens: int, max_tile: int | None = None) -> list[int]:
+    """Return the tiles that so many tokens may be taken in, the largest first; 0 takes all."""
+    # Tiles of more than a half would spare less than what tiles need beside them.
+    smaller = [tile for tile in TILES if tile <= num_tokens // 2]
+    if max_tile is None or max_tile >= num_tokens:
+        return [0, *smaller]
+    return [max_tile, *(tile for tile in smaller if tile < max_tile)]
+
+
 def working_bytes(
     shape: BlockShape, hidden_size: int, num_tokens: int, itemsize: int, tile: int
 ) -> int:

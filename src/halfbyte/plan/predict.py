@@ -9,6 +9,7 @@ from peft import PeftModel
 
 from halfbyte.engine import policy
 from halfbyte.engine.body import FusedBody
+from halfbyte.engine.families import text_part
 from halfbyte.engine.graph import LARGE_SHARE, LARGE_TOKENS, MAX_TOKENS
 from halfbyte.engine.obstacle import obstacle
 from halfbyte.memory.activations import checkpoint_activations
@@ -42,6 +43,7 @@ class Setting:
         is_paged: Whether these may leave for the host.
         is_checkpointed: `gradient_checkpointing`: every layer is computed twice.
         total_bytes: Of the card; None where it is not known: then nothing is short.
+        host_bytes: Free host memory; None: enough for every layer's input.
     """
 
     rows: int = 1
@@ -51,6 +53,7 @@ class Setting:
     is_paged: bool = True
     is_checkpointed: bool = False
     total_bytes: int | None = None
+    host_bytes: int | None = None
 
     @property
     def tokens(self) -> int:
@@ -101,7 +104,7 @@ class Planner:
         self.model = model
         causal: Any = cast(Any, model).get_base_model()
         self.causal = causal
-        self.body: Any = getattr(causal, causal.base_model_prefix)
+        self.body: Any = text_part(causal)
         self.why_unfused = obstacle(self.body)
         self.persistent = persistent_bytes(model)
         self.persistent["library workspaces"] = library_bytes(device_type)
@@ -162,7 +165,8 @@ class Planner:
         free = persistent * 100  # no card: nothing is short
         if setting.total_bytes is not None:
             free = max(setting.total_bytes - CONTEXT_BYTES - persistent, 0)
-        return self._fused[setting.memory].choose(setting.tokens, self._itemsize, free)
+        body = self._fused[setting.memory]
+        return body.choose(setting.tokens, self._itemsize, free, setting.host_bytes)
 
     def _fused_peak(
         self, setting: Setting, choice: policy.Choice, persistent: Mapping[str, int]

@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 
 from halfbyte.data.loader import Batch
 from halfbyte.engine.body import FusedBody, layer_kind
+from halfbyte.engine.families import text_part
 from halfbyte.engine.obstacle import obstacle
 from halfbyte.engine.packed import merge, pack
 from halfbyte.kernels.cross_entropy import linear_cross_entropy
@@ -80,7 +81,7 @@ class LanguageModel:
         if not isinstance(causal, PreTrainedModel):
             return cls(model)
         use_cpu_attention(causal)
-        body = getattr(causal, causal.base_model_prefix, None)
+        body = text_part(causal)
         linear = causal.get_output_embeddings()
         # Exactly nn.Linear: an adapted or quantized output embedding has a forward of its own
         if body is None or body is causal or type(linear) is not nn.Linear:
@@ -112,11 +113,11 @@ class LanguageModel:
         at_once = _TOKENS_AT_ONCE_CPU if is_cpu else _TOKENS_AT_ONCE
         return merge(batches, max(at_once, *(batch.num_tokens for batch in batches)))
 
-    def with_memory(self, memory: str | int) -> "LanguageModel":
-        """Return the model with another choice of what its fused body saves."""
+    def with_memory(self, memory: str | int, *, max_tile: int | None = None) -> "LanguageModel":
+        """Return the model with another choice of what its fused body saves; see `FusedBody`."""
         if not isinstance(self.body, FusedBody):
             return self
-        return dataclasses.replace(self, body=self.body.with_memory(memory))
+        return dataclasses.replace(self, body=self.body.with_memory(memory, max_tile=max_tile))
 
     def loss_sum(self, *batches: Batch, first_token: int = 0) -> Tensor:
         """Return the summed loss of the supervised tokens: float32 scalar, on the last device.

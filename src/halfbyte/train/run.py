@@ -9,8 +9,10 @@ import torch
 from peft import PeftModel
 
 from halfbyte.data.loader import BatchPlan
+from halfbyte.engine.body import FusedBody
 from halfbyte.errors import ConfigError
 from halfbyte.memory.activations import checkpoint_activations
+from halfbyte.memory.pages import Placement
 from halfbyte.optim.adamw import AdamW
 from halfbyte.optim.names import OPTIMIZERS
 from halfbyte.train.adapter_norms import AdapterProbe
@@ -123,17 +125,18 @@ def assemble(
     total_steps = config.total_steps(len(plan))
     if config.gradient_checkpointing:
         checkpoint_activations(model, config.gradient_checkpointing_kwargs)
-    state_bits, is_paged = OPTIMIZERS[config.optim]
+    memory = "lean" if config.gradient_checkpointing else config.memory
+    parts = LanguageModel.of(model, memory=memory)
     steps = Survivor(
-        LanguageModel.of(model, memory="lean" if config.gradient_checkpointing else config.memory),
+        parts,
         AdamW(
             model.named_parameters(),
             lr=config.learning_rate,
             betas=(config.adam_beta1, config.adam_beta2),
             eps=config.adam_epsilon,
             weight_decay=config.weight_decay,
-            state_bits=state_bits,
-            placement="auto" if is_paged else "device",
+            state_bits=OPTIMIZERS[config.optim][0],
+            placement=_placement(config, parts),
         ),
         tell=lambda event: run.tell(event),
         explain=lambda shortage: explain(shortage, model, config, plan),
@@ -149,6 +152,14 @@ def assemble(
         identity=identify(model, inputs, plan, config, total_steps),
     )
     return run
+
+
+def _placement(config: TrainConfig, parts: LanguageModel) -> Placement:
+    """Return where the optimizer's state is: where the least memory is wanted, on the host."""
+    if not OPTIMIZERS[config.optim][1]:
+        return "device"
+    is_lean = isinstance(parts.body, FusedBody) and parts.body.memory == "lean"
+    return "host" if is_lean else "auto"
 
 
 def restore(run: Run) -> list[Notice]:

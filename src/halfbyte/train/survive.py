@@ -5,8 +5,10 @@ What is tried, each for good, until the step goes through:
     1. recorded CUDA graphs are dropped, whose memory nothing else can use
     2. cached memory in pieces is given back (fragmentation)
     3. pages of optimizer state go to the host
-    4. more of the forward is computed again in the backward: half as much is saved, then the least
-    5. micro-batches are cut in half, as often as they can be
+    4. more of the forward is computed again in the backward: half as much is saved, then the least,
+       with inputs of layers in host memory
+    5. MLPs run over smaller and smaller tiles of tokens
+    6. micro-batches are cut in half, as often as they can be
 
 The gradients begin again from zero, so nothing half-added is left; dropout is seeded by the step
 and micro-step, so the masks are the same; the loss is a sum over tokens, so the update is too. An
@@ -140,6 +142,7 @@ class Survivor:
             or self._defragment(shortage)
             or self._evict(shortage)
             or self._recompute(shortage)
+            or self._tile(batches)
             or self._split(batches)
         )
 
@@ -183,6 +186,16 @@ class Survivor:
         except ConfigError:
             return None
         return "computes every layer twice"
+
+    def _tile(self, batches: Sequence[Batch]) -> str | None:
+        body = self.model.body
+        if not isinstance(body, FusedBody):
+            return None
+        tile = body.smaller_tile(self._longest(batches, self.max_tokens))
+        if tile is None:
+            return None
+        self.model = self.model.with_memory(body.memory, max_tile=tile)
+        return f"runs MLPs over {tile:,} tokens at a time"
 
     def _split(self, batches: Sequence[Batch]) -> str | None:
         longest = self._longest(batches, self.max_tokens)
