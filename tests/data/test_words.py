@@ -122,7 +122,7 @@ def test_forgotten_words_are_learned_again(monkeypatch):
         assert [it.ids for it in encoder.encode_batch(batch)] == [
             it.ids for it in whole_texts(core, batch)
         ]
-    assert set(encoder._memo) == {"b"}
+    assert set(encoder._numbers) == {"b"}
 
 
 def test_a_text_in_every_batch_is_compared(monkeypatch):

@@ -50,8 +50,8 @@ def _signatures(encoded: Sequence[bytes]) -> Signatures:
     starts = np.cumsum([0, *(len(text) for text in encoded[:-1])])
     owner = np.repeat(np.arange(len(encoded)), counts)
     at = np.arange(counts.sum()) + np.repeat(starts - np.cumsum(counts) + counts, counts)
-    shingles = np.lib.stride_tricks.sliding_window_view(data, SHINGLE_BYTES)[at]
-    hashes = mix(np.ascontiguousarray(shingles).view(np.uint64)[:, 0])
+    shingles = np.ndarray(len(data) - SHINGLE_BYTES + 1, np.uint64, data, strides=(1,))
+    hashes = mix(shingles[at])
     drawers = owner * DRAWERS + (hashes & np.uint64(DRAWERS - 1)).astype(np.int64)
     found = np.full(len(encoded) * DRAWERS, _EMPTY)
     np.minimum.at(found, drawers, (hashes >> np.uint64(32)).astype(np.uint32))

@@ -17,15 +17,18 @@ every batch is tokenized both ways all the same.
 import itertools
 import json
 import re
-from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any, Protocol
 
+import numpy as np
+from numpy.typing import NDArray
 from tokenizers import Encoding, Tokenizer
 
-# A memo of so many words takes about 60 MB.
+IntArray = NDArray[np.int64]
+TokenArray = NDArray[np.int32]
+
+# So many words take about 40 MB.
 MAX_WORDS = 1 << 18
 
 # Of ByteLevel's own expression: words end before ASCII whitespace, or behind one line end.
@@ -97,37 +100,31 @@ class Words:
     """The tokens of a text that was tokenized word by word.
 
     Args:
+        ids: Token ids.
         words: The text, cut.
-        parts: The ids of each word.
+        ends: int64 [W], the character behind each word.
+        firsts: int64 [W], the first token of each word.
         core: What tokenized them.
     """
 
+    ids: list[int]
     words: list[str]
-    parts: list[list[int]]
+    ends: IntArray
+    firsts: IntArray
     core: Tokenizer
-
-    @cached_property
-    def ids(self) -> list[int]:
-        """Token ids."""
-        return list(itertools.chain.from_iterable(self.parts))
 
     def token_at(self, position: int) -> int | None:
         """Return the token that begins at this character, or `None` if none does."""
-        ends = self._ends
-        word = bisect_right(ends, position)
-        if word == len(ends):
+        word = int(self.ends.searchsorted(position, side="right"))
+        if word == len(self.words):
             return None
-        inside = position - (ends[word - 1] if word else 0)
-        before = sum(map(len, self.parts[:word]))
+        first = int(self.firsts[word])
+        inside = position - int(self.ends[word]) + len(self.words[word])
         if not inside:
-            return before
+            return first
         whole = WholeText(self.core.encode(self.words[word], add_special_tokens=False))
         token = whole.token_at(inside)
-        return None if token is None else before + token
-
-    @cached_property
-    def _ends(self) -> list[int]:
-        return list(itertools.accumulate(map(len, self.words)))
+        return None if token is None else first + token
 
 
 class WordEncoder:
@@ -140,7 +137,7 @@ class WordEncoder:
     def __init__(self, core: Tokenizer) -> None:
         self._core = core
         self._pattern = word_pattern(core)
-        self._memo: dict[str, list[int]] = {}
+        self._forget()
 
     def encode_batch(self, texts: Sequence[str]) -> Sequence[Tokens]:
         """Return the tokens of each text.
@@ -152,9 +149,7 @@ class WordEncoder:
             return [
                 WholeText(it) for it in self._core.encode_batch(texts, add_special_tokens=False)
             ]
-        cut = [self._pattern.findall(text) for text in texts]
-        self._learn(set(itertools.chain.from_iterable(cut)))
-        found = [Words(words, [self._memo[word] for word in words], self._core) for words in cut]
+        found = self._by_words([self._pattern.findall(text) for text in texts])
         if found and found[0].ids != self._core.encode(texts[0], add_special_tokens=False).ids:
             raise WordsDifferError
         return found
@@ -163,13 +158,56 @@ class WordEncoder:
         """Tokenize whole texts from now on."""
         self._pattern = None
 
-    def _learn(self, words: set[str]) -> None:
-        new = list(words.difference(self._memo))
-        if len(self._memo) + len(new) > MAX_WORDS:
-            self._memo.clear()
-            new = list(words)
-        encoded = self._core.encode_batch_fast(new, add_special_tokens=False)
-        self._memo.update(zip(new, (it.ids for it in encoded), strict=True))
+    def _by_words(self, cut: list[list[str]]) -> list[Words]:
+        """Return the tokens of texts that are cut into words, all texts in a few array steps."""
+        words = list(itertools.chain.from_iterable(cut))
+        numbers = self._look_up(words)
+        starts = self._edges[numbers]
+        counts = self._edges[numbers + 1] - starts
+        firsts = np.concatenate([[0], np.cumsum(counts)])
+        ids = self._ids[np.arange(firsts[-1]) + np.repeat(starts - firsts[:-1], counts)]
+        ends = np.cumsum(np.fromiter(map(len, words), dtype=np.int64, count=len(words)))
+        found = []
+        a = character = 0
+        for part in cut:
+            b = a + len(part)
+            tokens = ids[firsts[a] : firsts[b]].tolist()
+            found.append(
+                Words(tokens, part, ends[a:b] - character, firsts[a:b] - firsts[a], self._core)
+            )
+            a, character = b, int(ends[b - 1]) if b else 0
+        return found
+
+    def _forget(self) -> None:
+        self._numbers: dict[str, int] = {}
+        # Word n has the tokens _ids[_edges[n] : _edges[n + 1]].
+        self._ids: TokenArray = np.empty(0, dtype=np.int32)
+        self._edges: IntArray = np.zeros(1, dtype=np.int64)
+
+    def _look_up(self, words: list[str]) -> IntArray:
+        """Return the number of each word, after new ones have been tokenized."""
+        numbers = self._known(words)
+        new = {words[i] for i in np.flatnonzero(numbers < 0).tolist()}
+        if not new:
+            return numbers
+        if len(self._numbers) + len(new) > MAX_WORDS:
+            self._forget()
+            new = set(words)
+        self._learn(list(new))
+        return self._known(words)
+
+    def _known(self, words: list[str]) -> IntArray:
+        numbers = map(self._numbers.get, words, itertools.repeat(-1))
+        return np.fromiter(numbers, dtype=np.int64, count=len(words))
+
+    def _learn(self, words: list[str]) -> None:
+        encoded = self._core.encode_batch_fast(words, add_special_tokens=False)
+        found = [it.ids for it in encoded]
+        self._numbers.update(zip(words, itertools.count(len(self._numbers))))
+        ends = self._edges[-1] + np.cumsum([len(ids) for ids in found])
+        self._edges = np.concatenate([self._edges, ends])
+        new = np.fromiter(itertools.chain.from_iterable(found), dtype=np.int32)
+        self._ids = np.concatenate([self._ids, new])
 
 
 def word_pattern(core: Tokenizer) -> re.Pattern[str] | None:
