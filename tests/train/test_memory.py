@@ -89,7 +89,7 @@ def test_explanation_knows_the_longest_row(make_lora, rows_of):
     )  # fmt: skip
     shortage = Shortage(torch.device("cuda"), "no room", total_bytes=2**30)
     error = explain(shortage, make_lora(), TrainConfig(per_device_train_batch_size=2), batches)
-    assert "2 x 30 tokens" in error.message
+    assert "1 x 30 tokens" in error.message
 
 
 def plan_of(rows, **changes):

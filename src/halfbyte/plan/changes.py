@@ -23,6 +23,8 @@ _LEAST_RANK = 4
 _LEAST_TOKENS = 64
 # By how much the rows must be longer for a second change to be worth it.
 _LONGER = 1.15
+# By how much another card is larger for sure: drivers leave less than the number on the box.
+_LARGER = 1.1
 
 
 @dataclass(frozen=True)
@@ -113,17 +115,23 @@ class _Move:
     apply: Callable[[_Planners, _Try], _Try | None]
 
 
-def changes(planner: Planner, prediction: Prediction, *, count: int = 3) -> list[Change]:
+def changes(
+    planner: Planner, prediction: Prediction, *, card_bytes: int | None = None, count: int = 3
+) -> list[Change]:
     """Return the smallest changes with which a step fits, the least felt first.
 
-    Fewer than `count` where there are no more.
+    Args:
+        planner: Of the model.
+        prediction: Of the step.
+        card_bytes: Memory of the card at hand, where the step cannot have all of it.
+        count: How many to return; fewer where there are no more.
     """
     if prediction.setting.total_bytes is None:
         return []
     planners, asked = _Planners(planner), _Try(prediction.setting)
     found: list[Change] = []
     taken: list[tuple[set[str], _Try]] = []
-    for moves in _combinations(planner, prediction.setting):
+    for moves in _combinations(planner, card_bytes or prediction.setting.total_bytes):
         step = _apply(planners, asked, moves)
         kinds = {move.kind for move in moves}
         if step is None or any(_is_enough(kinds, step, *other) for other in taken):
@@ -153,9 +161,9 @@ def _apply(planners: _Planners, step: _Try, moves: tuple[_Move, ...]) -> _Try | 
     return step
 
 
-def _combinations(planner: Planner, setting: Setting) -> list[tuple[_Move, ...]]:
+def _combinations(planner: Planner, card_bytes: int) -> list[tuple[_Move, ...]]:
     """Return single moves and pairs, the least felt first."""
-    moves = [*_SETTINGS, *_adapter_moves(planner), *_cards(setting)]
+    moves = [*_SETTINGS, *_adapter_moves(planner), *_cards(card_bytes)]
     singles = [(move,) for move in moves]
     # What is searched for (rows, length) comes last: it depends on the other.
     pairs = [
@@ -237,7 +245,7 @@ def _adapter_moves(planner: Planner) -> list[_Move]:
     return moves
 
 
-def _cards(setting: Setting) -> list[_Move]:
+def _cards(card_bytes: int) -> list[_Move]:
     """Return moves to larger cards."""
 
     def move(index: int, size: int) -> _Move:
@@ -247,5 +255,5 @@ def _cards(setting: Setting) -> list[_Move]:
             lambda _, step: step.but(f"a card of {size} GB", total_bytes=size * GIB),
         )
 
-    larger = (size for size in SIZES if size * GIB > (setting.total_bytes or 0))
+    larger = (size for size in SIZES if size * GIB > _LARGER * card_bytes)
     return [move(index, size) for index, size in enumerate(larger)]

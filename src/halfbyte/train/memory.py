@@ -96,14 +96,12 @@ def longest_step(batches: BatchPlan) -> list[Batch]:
 def explain(
     shortage: Shortage, model: PeftModel, config: TrainConfig, batches: BatchPlan
 ) -> DeviceError:
-    """Return the error of a step that does not fit, whatever is given up."""
-    longest = batches.max_length if batches.packing else int(batches.lengths.max())
-    setting = _setting(
-        config,
-        rows=config.per_device_train_batch_size,
-        length=longest,
-        total_bytes=shortage.total_bytes,
-    )
+    """Return the error of a step that does not fit, whatever is given up.
+
+    What was tried last is the longest row alone: batches were cut between rows, or documents.
+    """
+    longest = int(batches.lengths.max())
+    setting = _setting(config, rows=1, length=longest, total_bytes=shortage.total_bytes)
     return does_not_fit(shortage, model, setting)
 
 
