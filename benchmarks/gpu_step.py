@@ -107,6 +107,8 @@ def measure(
     model, optimizer, memory: str, case: str, steps: int, lengths: list[int], dropout: float
 ) -> dict:
     device = model.get_input_embeddings().weight.device
+    # As a run with the default, paged optimizer does it.
+    optimizer.place("host" if memory == "lean" else "device")
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     language_model = LanguageModel.of(model, memory=int(memory) if memory.isdigit() else memory)

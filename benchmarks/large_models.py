@@ -81,9 +81,8 @@ def measure(shape: str, rank: int, gib: int, length: int, peers: int | None) -> 
     start = time.perf_counter()
     model = random_model(shape, torch.device("cuda"), rank=rank)
     optimizer = AdamW(
-        [(n, p) for n, p in model.named_parameters() if p.requires_grad], placement="auto"
+        [(n, p) for n, p in model.named_parameters() if p.requires_grad], placement="host"
     )
-    optimizer.evict()
     told: list = []
     survivor = Survivor(
         LanguageModel.of(model, memory="lean"), optimizer, tell=told.append,

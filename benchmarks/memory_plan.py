@@ -49,9 +49,10 @@ def measure(shape: str, rank: int, rows: int, length: int, memory, optim: str, s
     torch.cuda.reset_peak_memory_stats()
     state_bits, is_paged = OPTIMIZERS[optim]
     spend = int(memory * 2**30) if isinstance(memory, float) else memory
+    place = "host" if memory == "lean" else "auto"
     optimizer = AdamW(
         [(n, p) for n, p in model.named_parameters() if p.requires_grad],
-        state_bits=state_bits, placement="auto" if is_paged else "device",
+        state_bits=state_bits, placement=place if is_paged else "device",
     )  # fmt: skip
     parts = LanguageModel.of(model, memory=spend)
     torch.cuda.reset_peak_memory_stats()
