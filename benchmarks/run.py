@@ -60,14 +60,22 @@ def machine() -> dict:
     command = [sys.executable, "-c", source, *MODULES]
     found = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
     cpu = re.search(r"model name\s*: (.*)", _read("/proc/cpuinfo"))
-    git = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], cwd=HERE, capture_output=True, text=True
-    )
     return {
         "date": datetime.date.today().isoformat(), **found,
         "cpu": f"{os.cpu_count()} cores, {cpu.group(1) if cpu else 'unknown'}",
-        "commit": git.stdout.strip() or None, "command": shlex.join(["run.py", *sys.argv[1:]]),
+        "commit": commit(), "command": shlex.join(["run.py", *sys.argv[1:]]),
     }  # fmt: skip
+
+
+def commit() -> str | None:
+    """Return the commit that this is, with "-dirty" where files differ, or None."""
+    command = ["git", "describe", "--always", "--dirty"]
+    try:
+        return subprocess.run(
+            command, cwd=HERE, check=True, capture_output=True, text=True
+        ).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
 
 
 def _read(path: str) -> str:
