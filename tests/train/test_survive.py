@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from halfbyte.engine import body as body_module
+from halfbyte.engine import policy
 from halfbyte.engine.body import FusedBody
 from halfbyte.engine.final_norm import final_norm
 from halfbyte.engine.layer import FusedLayer
@@ -199,6 +200,25 @@ def test_when_pages_and_recomputing_do_not_help_batches_are_cut(
     for name, value in weights(model).items():
         off = (value - right[name]).abs() > 1e-4
         assert off.float().mean() < 0.01, name
+
+
+def test_tiles_come_before_cuts(make_lora, batches, fake_pool, monkeypatch):
+    expected = do_steps(survivor(make_lora(lora_dropout=0.2), fake_pool), batches)
+    monkeypatch.setattr(policy, "TILES", (10, 6))
+    told, fault = [], Fault("loss", times=4)
+    steps = survivor(make_lora(lora_dropout=0.2), fake_pool, told)
+    pages = inject(fault, monkeypatch, steps.model, steps.optimizer)
+    results = do_steps(steps, batches, fault, pages)
+    assert list(told[0].measures[1:]) == [
+        "computes every layer twice",
+        "runs MLPs over 10 tokens at a time",
+        "runs MLPs over 6 tokens at a time",
+    ]
+    assert steps.max_tokens is None
+    assert steps.model.body.max_tile == 6
+    for result, wanted in zip(results, expected, strict=True):
+        assert result.loss == pytest.approx(wanted.loss, rel=1e-5)
+        assert result.grad_norm == pytest.approx(wanted.grad_norm, rel=1e-4)
 
 
 def test_layers_of_transformers_are_checkpointed_and_then_cut(
