@@ -1,0 +1,104 @@
+"""The one command for all benchmarks, with cases that need neither a GPU nor minutes."""
+
+import importlib
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+
+
+@pytest.fixture
+def load(monkeypatch):
+    """Return a function that imports a script of benchmarks/, which import each other by name."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    before = set(sys.modules)
+    yield importlib.import_module
+    for name in set(sys.modules) - before:
+        if Path(getattr(sys.modules[name], "__file__", None) or "").parent == BENCHMARKS:
+            del sys.modules[name]
+
+
+@pytest.fixture
+def run(load, monkeypatch):
+    module = load("run")
+    facts = {"date": "2026-01-02", "card": None, "cpu": "2 cores", "commit": "abc", "versions": {}}
+    monkeypatch.setattr(module, "machine", lambda: dict(facts))
+    return module
+
+
+def script(folder: Path, name: str, source: str) -> str:
+    (folder / name).write_text(source)
+    return str(folder / name)
+
+
+def test_failures_are_rows_and_a_second_run_goes_on(run, load, monkeypatch, tmp_path, capsys):
+    case = load("cases").Case
+    row = {"case": "2x64", "memory": "auto", "tokens_per_second": 1234, "peak_gib": 1.5}
+    good = script(tmp_path, "good.py", f"print('words'); print({json.dumps(json.dumps(row))})")
+    bad = script(tmp_path, "bad.py", "raise SystemExit('no memory left')")
+    slow = script(tmp_path, "slow.py", "import time; time.sleep(60)")
+    cases = (
+        case(name="good", group="steps", command=good, needs=()),
+        case(name="bad", group="steps", command=bad, needs=()),
+        case(name="slow", group="steps", command=slow, needs=(), timeout_s=0.5),
+        case(name="card", group="steps", command=good),
+        case(name="absent", group="steps", command=good, needs=("no_such_module",)),
+    )
+    monkeypatch.setattr(run, "CASES", cases)
+    out = tmp_path / "results.json"
+    run.main(["--out", str(out)])
+    found = json.loads(out.read_text())
+    assert found["machine"]["commit"] == "abc"
+    assert found["cases"]["good"]["rows"] == [row]
+    assert found["cases"]["good"]["seconds"] > 0
+    assert found["cases"]["bad"]["status"] == "failed with exit code 1"
+    assert found["cases"]["bad"]["said"] == ["no memory left"]
+    assert found["cases"]["slow"]["status"].startswith("ended after")
+    assert found["cases"]["card"]["status"] == "skipped: needs a CUDA device"
+    assert "no_such_module" in found["cases"]["absent"]["status"]
+    table = out.with_suffix(".md").read_text()
+    assert "| 2x64 | **1,234** (1.5 GiB) |" in table
+    assert "- slow: ended after" in table
+    capsys.readouterr()
+    run.main(["--out", str(out), "--only", "good"])
+    assert "good: done before" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="no case and no group"):
+        run.main(["--only", "god"])
+
+
+def test_what_another_wrote_is_not_overwritten(run, monkeypatch, tmp_path):
+    monkeypatch.setattr(run, "CASES", ())
+    (tmp_path / "other.json").write_text("{}")
+    with pytest.raises(SystemExit, match="give another --out"):
+        run.main(["--out", str(tmp_path / "other.json")])
+
+
+def test_every_case_is_a_script_that_is_there(load):
+    cases = load("cases")
+    for case in cases.CASES:
+        assert (BENCHMARKS / case.command.split()[0]).is_file()
+        assert case.group in cases.GROUPS
+    assert load("run").card_folder("NVIDIA H100 80GB HBM3") == "h100"
+    assert load("run").card_folder(None) == "cpu"
+
+
+def test_the_table_goes_between_its_marks(load):
+    replaced = load("table").replaced
+    text = "a\n<!-- benchmarks -->\nold\n<!-- /benchmarks -->\nz\n"
+    assert replaced(text, "new\n") == text.replace("old", "new")
+    with pytest.raises(SystemExit, match="expected"):
+        replaced("nothing", "new\n")
+
+
+def test_our_losses_are_those_of_the_peer_on_a_tiny_model(load, capsys):
+    pytest.importorskip("bitsandbytes")
+    curve = load("loss_curve")
+    curve.main(["--shape", "tiny", "--device", "cpu", "--steps", "3"])
+    line = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert line["same_codes"]
+    assert line["differences"]["halfbyte, auto"]["max"] < 0.02
+    assert line["losses"]["halfbyte, auto"][2] < line["losses"]["halfbyte, auto"][0]
+    assert curve.drawing(line["losses"]).count("<polyline") == 4
