@@ -11,6 +11,7 @@ from transformers import (
     Gemma3Config,
     Gemma3TextConfig,
     GemmaConfig,
+    MinistralConfig,
     MistralConfig,
     Phi3Config,
     Qwen2Config,
@@ -48,6 +49,10 @@ CONFIGS = {
     "gemma3": Gemma3TextConfig(
         **SIZES, head_dim=16, sliding_window=5,
         layer_types=["sliding_attention", "full_attention"],
+    ),
+    "ministral": MinistralConfig(
+        **SIZES, head_dim=24, sliding_window=5,
+        layer_types=["full_attention", "sliding_attention"],
     ),
     "mistral": MistralConfig(**SIZES, sliding_window=5),
     "phi3": Phi3Config(**SIZES, sliding_window=5, rope_parameters=HALF_TURNS),

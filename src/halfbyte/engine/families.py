@@ -56,6 +56,7 @@ _FAMILIES = {
     "Gemma2": _GEMMA_2,
     "Gemma3": replace(_GEMMA_2, has_head_norms=True, has_ropes=True),
     "Llama": Family(),
+    "Ministral": Family(),
     "Mistral": Family(all_slide=True),
     "Phi3": Family(qkv=("qkv_proj",), gate_up=("gate_up_proj",), all_slide=True),
     "Qwen2": Family(),
