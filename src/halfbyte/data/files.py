@@ -146,7 +146,7 @@ def parse_json(text: str, where: str) -> object:
         DataError: it is broken, nested too deeply, or holds an absurd number.
     """
     try:
-        return json.loads(text, object_pairs_hook=_unique)
+        return _DECODER.decode(text)
     except json.JSONDecodeError as error:
         place = f"column {error.colno}" if "\n" not in text.strip() else f"line {error.lineno}"
         raise DataError(
@@ -165,6 +165,9 @@ def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
         twice = next(name for name in names if names.count(name) > 1)
         raise ValueError(f"the key {twice!r} stands in one object twice")
     return values
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_unique)
 
 
 def _read_jsonl(path: Path) -> Iterator[Row | Broken]:

@@ -10,6 +10,7 @@ selecting, cutting and hashing them are a few array operations however many ther
 import hashlib
 import itertools
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Self
 
 import datasets
@@ -49,11 +50,14 @@ class TokenRows:
         """Tokens of each row."""
         return np.diff(self.offsets)
 
-    @property
+    @cached_property
     def supervised(self) -> IntArray:
         """Learned tokens of each row."""
-        total = np.concatenate([[0], np.cumsum(self.labels != IGNORE_INDEX)])
-        return np.asarray(np.diff(total[self.offsets]), dtype=np.int64)
+        counts = np.zeros(len(self), dtype=np.int64)
+        is_long = self.lengths > 0
+        starts = self.offsets[:-1][is_long]  # an empty row would be given the next one's token
+        counts[is_long] = np.add.reduceat(self.labels != IGNORE_INDEX, starts, dtype=np.int64)
+        return counts
 
     @property
     def learned_lengths(self) -> IntArray:

@@ -233,7 +233,8 @@ def _from_json(rows: list[Row], title: str) -> Source:
     features = datasets.Features(
         {ROW: datasets.Value("large_string"), WHERE: datasets.Value("string")}
     )
-    dataset = datasets.Dataset.from_dict(columns, features=features)
+    table = pyarrow.table(columns, schema=features.arrow_schema)
+    dataset = datasets.Dataset(table, fingerprint=digest.hexdigest())
     return Source(dataset, title, digest.hexdigest())
 
 
