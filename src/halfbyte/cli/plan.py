@@ -140,6 +140,8 @@ def as_record(prediction: "Prediction", fitting: dict[int, int]) -> dict[str, An
         "persistent": dict(prediction.persistent),
         "paged_bytes": prediction.paged_bytes,
         "layers_keep": dict(prediction.kept),
+        "offloaded_bytes": prediction.offloaded_bytes,
+        "tile_tokens": prediction.tile,
         "why_unfused": prediction.why_unfused,
         "fits": prediction.fits,
         "most_tokens_by_card_gb": fitting,
@@ -160,6 +162,10 @@ def show(prediction: "Prediction", *, title: str) -> None:
         facts["layers"] = f"transformers' own: {prediction.why_unfused}"
     elif prediction.kept:
         facts["layers keep"] = _kept(prediction)
+    if prediction.offloaded_bytes:
+        facts["host memory"] = f"{_gib(prediction.offloaded_bytes)} for inputs of layers"
+    if prediction.tile:
+        facts["MLPs"] = f"over {prediction.tile:,} tokens at a time"
     total = prediction.setting.total_bytes
     if total is not None:
         verdict = "fits" if prediction.fits else "DOES NOT FIT"
@@ -196,6 +202,7 @@ def _title(config: "RunConfig", prediction: "Prediction", gpus: int) -> str:
 
 def _kept(prediction: "Prediction") -> str:
     words = {
+        "offload": "nothing, their input is in host memory",
         "input": "their input",
         "attention": "attention and its inputs",
         "all": "everything",
