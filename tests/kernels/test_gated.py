@@ -3,7 +3,7 @@ import torch
 from torch.nn import functional as F
 
 from halfbyte.kernels import gated
-from halfbyte.kernels.dropout import Mask, add_masked_product_, kept
+from halfbyte.kernels.dropout import Mask, add_masked_product_, dropout, kept
 
 SHAPES = [(1, 1), (3, 63), (5, 128), (2, 1100), (130, 40)]
 
@@ -97,6 +97,25 @@ def test_dropout_before_down_is_in_both_gradients(shape, triton_device, half_dty
         actual, grad_A = _gated_dropout(kernel, *arguments, mask)
         assert _error(actual, expected) < tolerance
         assert _error(grad_A, gb.t() @ read) < tolerance
+
+
+@pytest.mark.parametrize("drops", [True, False])
+@pytest.mark.parametrize("shape", [(1, 1, 8), (7, 72, 48), (70, 40, 16), (0, 8, 8), (3, 8, 0)])
+def test_forward_with_the_product_of_down(shape, drops, triton_device, half_dtype):
+    twin = pytest.importorskip("halfbyte.kernels.gated_triton")
+    tokens, size, rank = shape
+    torch.manual_seed(0)
+    mask = Mask(0.3, torch.tensor([9, 4], device=triton_device), 5) if drops else None
+    gate_up = torch.randn(tokens, 2 * size + 8, device=triton_device).to(half_dtype)
+    lora_A = torch.randn(rank, size + 8, device=triton_device).to(half_dtype)[:, :size]
+    hidden = _reference(gate_up.double(), size, "silu")
+    read = hidden if mask is None else dropout(hidden, mask)
+    for kernel in (gated.gated_product.__wrapped__, twin.gated_product):
+        out, xa = kernel(gate_up, size, "silu", lora_A, scaling=0.5, mask=mask)
+        assert out.shape == (tokens, size + rank)
+        assert torch.equal(xa, out[:, size:] * 0.5)
+        for actual, expected in ((out[:, :size], hidden), (xa * 2, read @ lora_A.double().t())):
+            assert (actual.double() - expected).norm() <= 4e-3 * expected.norm()
 
 
 def test_no_adapters_and_no_tokens_are_fine(triton_device, half_dtype):

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from halfbyte.engine.projections import Siblings, pairs
 from halfbyte.kernels.border import with_border
-from halfbyte.kernels.gated import gated_backward_, gated_forward
+from halfbyte.kernels.gated import gated_backward_, gated_product
 from halfbyte.kernels.head_norm import head_norm, head_norm_backward_
 from halfbyte.kernels.rms_norm import Factors, Norm, add_rms_norm
 from halfbyte.kernels.rope import rope_, rope_backward
@@ -175,11 +175,11 @@ class OutOfAttention(torch.autograd.Function):
         gate_up, gate_up_xa = _gate_up(normed, weights.gate_up, seed)
         del normed
         down = weights.down
-        hidden = gated_forward(
-            gate_up, shape.intermediate_size, shape.activation, columns=down.rank
-        )
         wide = down.wide(x)
-        down_xa = down.down_(hidden, wide, seed)
+        hidden, down_xa = gated_product(
+            gate_up, shape.intermediate_size, shape.activation, down.lora_A(wide),
+            scaling=1.0 if down.scaling is None else down.scaling, mask=down.mask(seed),
+        )  # fmt: skip
         y, down_out = x.new_empty(x.shape), None
         if weights.after_down is not None:
             down_out = down.forward(hidden, wide, x.new_empty(x.shape))

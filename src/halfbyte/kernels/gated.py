@@ -3,10 +3,12 @@
 Shape letters: T tokens, I intermediate size, R LoRA ranks. `act` is SiLU (SwiGLU) or the tanh form
 of GELU (GeGLU); Shazeer 2020, arXiv 2002.05202.
 
-The backward also makes the gradients of the adapters that stand around it: those of B of gate and
-up, and of A of down. All three are sums over tokens of what is in registers just then; made apart,
-they would read 6 I elements of a token again, and the gated product would have to be written. With
-dropout before down's A, the gradient that comes through it is added there too: its mask is at hand.
+The forward also makes `x A^T` of down, which would read the product again just after it was
+written. The backward also makes the gradients of the adapters that stand around it: those of B of
+gate and up, and of A of down. All three are sums over tokens of what is in registers just then;
+made apart, they would read 6 I elements of a token again, and the gated product would have to be
+written. With dropout before down's A, the gradient that comes through it is added there too: its
+mask is at hand.
 """
 
 import torch
@@ -15,6 +17,7 @@ from torch.nn import functional as F
 
 from halfbyte.kernels.dispatch import accelerated
 from halfbyte.kernels.dropout import Mask, add_masked_product_, dropout
+from halfbyte.kernels.skinny import rank_product_
 
 ACTIVATIONS = ("silu", "gelu_tanh")
 
@@ -39,6 +42,32 @@ def gated_forward(gate_up: Tensor, size: int, activation: str, *, columns: int =
     out = gate_up.new_empty(gate_up.shape[0], size + columns)
     out[:, :size] = hidden.to(gate_up.dtype)
     return out
+
+
+@accelerated
+def gated_product(
+    gate_up: Tensor,
+    size: int,
+    activation: str,
+    lora_A: Tensor,
+    *,
+    scaling: float = 1.0,
+    mask: Mask | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Return `gated_forward` with `x A^T` of its result in R more columns; and that, scaled.
+
+    Args:
+        gate_up, size, activation: As for `gated_forward`.
+        lora_A: `[R, I]`, down's A (rows may have a pitch).
+        scaling: Of the second result only.
+        mask: Of the dropout of what A reads, or None.
+
+    Returns:
+        `[T, I + R]`, and `[T, R]` of its own memory.
+    """
+    hidden = gated_forward(gate_up, size, activation, columns=lora_A.shape[0])
+    xa = rank_product_(hidden[:, size:], hidden[:, :size], lora_A.t(), mask=mask, scaling=scaling)
+    return hidden, xa
 
 
 @accelerated

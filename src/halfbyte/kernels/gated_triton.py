@@ -5,18 +5,29 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from halfbyte.kernels import gated
 from halfbyte.kernels.dropout import Mask
 from halfbyte.kernels.dropout_triton import kept, row_keys
+from halfbyte.kernels.skinny_triton import (
+    MAX_RANKS,
+    add_splits,
+    block_ranks,
+    is_aligned,
+    mask_arguments,
+    splits_of,
+)
 
 # 4 warps x 8 elements of 16 bits = 16 bytes a thread and access.
 _BLOCK = 1024
+# (tokens, columns, warps, stages) of a tile of the forward that makes `x A^T` too; None: apart.
+_PRODUCT_TILE: tuple[int, int, int, int] | None = (64, 64, 4, 3)
 # Programs of the backward: about sixteen for each of the 132 multiprocessors of an H100.
 _PROGRAMS = 2048
 # (columns, tokens, warps) of a tile of the backward; [with dropout, without]. [64, 32] tiles took
 # 513 us at 8,192 tokens of Llama 8B on an H100, [128, 32] ones 593 to 619.
 _TILES = {True: (64, 32, 4), False: (64, 32, 4)}
 # Accumulators of larger ranks would not fit into registers with as many columns.
-_MAX_RANKS, _TILE_OF_LARGE_RANKS = 64, (32, 32, 4)
+_LARGE_RANKS, _TILE_OF_LARGE_RANKS = 64, (32, 32, 4)
 
 
 @triton.jit
@@ -53,6 +64,45 @@ def _gated_forward_kernel(
     act, _ = _act_and_slope(gate.to(tl.float32), ACT)
     out = act * up.to(tl.float32)
     tl.store(out_ptr + row * stride_out + offs, out.to(gate.dtype), mask=mask)
+
+
+@triton.jit(do_not_specialize=["salt", "threshold", "T", "K_split"])
+def _gated_product_kernel(
+    gate_up_ptr, out_ptr, A_ptr, partial_ptr, seed_ptr, salt, threshold,
+    stride_in, stride_out, stride_A, T, size, K_split,
+    R: tl.constexpr, BLOCK_R: tl.constexpr, ACT: tl.constexpr, DROPS: tl.constexpr,
+    ALIGNED: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    if ALIGNED:
+        stride_in, stride_out = tl.multiple_of(stride_in, 8), tl.multiple_of(stride_out, 8)
+        stride_A = tl.multiple_of(stride_A, 8)
+    rows = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
+    ranks = tl.arange(0, BLOCK_R)
+    split = tl.program_id(1)
+    row_mask, rank_mask = rows < T, ranks < R
+    if DROPS:
+        keys, key = row_keys(seed_ptr, salt, rows)
+    sums = tl.zeros((BLOCK_T, BLOCK_R), tl.float32)
+    for block in range(0, K_split):
+        first = (split * K_split + block) * BLOCK_K
+        columns = first + tl.arange(0, BLOCK_K)
+        column_mask = columns < size
+        mask = row_mask[:, None] & column_mask[None, :]
+        gate_ptrs = gate_up_ptr + rows[:, None] * stride_in + columns[None, :]
+        gate = tl.load(gate_ptrs, mask=mask, other=0.0)
+        up = tl.load(gate_ptrs + size, mask=mask, other=0.0).to(tl.float32)
+        A = tl.load(
+            A_ptr + ranks[None, :] * stride_A + columns[:, None],
+            mask=column_mask[:, None] & rank_mask[None, :], other=0.0,
+        )  # fmt: skip
+        act, _ = _act_and_slope(gate.to(tl.float32), ACT)
+        hidden = (act * up).to(gate.dtype)
+        tl.store(out_ptr + rows[:, None] * stride_out + columns[None, :], hidden, mask=mask)
+        if DROPS:
+            hidden = tl.where(kept(keys, key, first, threshold, BLOCK_T, BLOCK_K), hidden, 0.0)
+        sums = tl.dot(hidden, A, sums, input_precision="ieee")
+    target = partial_ptr + (split.to(tl.int64) * T + rows)[:, None] * R + ranks[None, :]
+    tl.store(target, sums, mask=row_mask[:, None] & rank_mask[None, :])
 
 
 @triton.jit(do_not_specialize=["salt", "threshold", "T"])
@@ -142,6 +192,34 @@ def gated_forward(gate_up: Tensor, size: int, activation: str, *, columns: int =
     return out
 
 
+def gated_product(
+    gate_up: Tensor,
+    size: int,
+    activation: str,
+    lora_A: Tensor,
+    *,
+    scaling: float = 1.0,
+    mask: Mask | None = None,
+) -> tuple[Tensor, Tensor]:
+    T, R = gate_up.shape[0], lora_A.shape[0]
+    if _PRODUCT_TILE is None or not T or not 0 < R <= MAX_RANKS:
+        return gated.gated_product.__wrapped__(
+            gate_up, size, activation, lora_A, scaling=scaling, mask=mask
+        )
+    block_t, block_k, warps, stages = _PRODUCT_TILE
+    out = torch.empty(T, size + R, dtype=gate_up.dtype, device=gate_up.device)
+    splits, each = splits_of(triton.cdiv(size, block_k), triton.cdiv(T, block_t))
+    partial = torch.empty(splits, T, R, dtype=torch.float32, device=gate_up.device)
+    _gated_product_kernel[(triton.cdiv(T, block_t), splits)](
+        gate_up, out, lora_A, partial, *mask_arguments(mask, partial),
+        gate_up.stride(0), out.stride(0), lora_A.stride(0), T, size, each,
+        R=R, BLOCK_R=block_ranks(R), ACT=activation, DROPS=mask is not None,
+        ALIGNED=is_aligned(gate_up, out, lora_A),
+        BLOCK_T=block_t, BLOCK_K=block_k, num_warps=warps, num_stages=stages,
+    )  # fmt: skip
+    return out, add_splits(partial, out[:, size:], mask, scaling)
+
+
 def gated_backward_(
     gate_up: Tensor,
     grad_hidden: Tensor,
@@ -154,7 +232,7 @@ def gated_backward_(
 ) -> tuple[Tensor, Tensor, Tensor]:
     T = gate_up.shape[0]
     RG, RU, R2 = (t.shape[1] for t in (*xas, down_gb))
-    is_large = max(RG, RU, R2) > _MAX_RANKS
+    is_large = max(RG, RU, R2) > _LARGE_RANKS
     block_i, block_t, warps = _TILE_OF_LARGE_RANKS if is_large else _TILES[mask is not None]
     column_blocks = triton.cdiv(size, block_i)
     splits = max(1, min(triton.cdiv(_PROGRAMS, column_blocks), triton.cdiv(T, 4 * block_t)))

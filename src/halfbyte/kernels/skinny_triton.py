@@ -19,7 +19,7 @@ _PROGRAMS = 528
 # Where nothing is dropped cuBLAS can serve, too.
 _WITHOUT_DROPOUT = {"product": False, "gradient": False}
 # More ranks than this are taken in turns: their accumulators would not fit into registers.
-_MAX_RANKS = 128
+MAX_RANKS = 128
 
 
 @triton.jit(do_not_specialize=["salt", "threshold", "T", "K_split"])
@@ -122,16 +122,17 @@ def _gradient_kernel(
     tl.store(target, tl.trans(sums) * scale, mask=small_mask)
 
 
-def _block_ranks(ranks: int) -> int:
+def block_ranks(ranks: int) -> int:
+    """Return how many ranks a tile has."""
     return max(triton.next_power_of_2(ranks), 16)
 
 
-def _is_aligned(*tensors: Tensor) -> bool:
-    """Whether rows start at 16 bytes, so that they are read by 16 bytes."""
+def is_aligned(*tensors: Tensor) -> bool:
+    """Return whether rows start at 16 bytes, so that they are read by 16 bytes."""
     return all(t.stride(0) % 8 == 0 for t in tensors)
 
 
-def _splits(blocks: int, others: int) -> tuple[int, int]:
+def splits_of(blocks: int, others: int) -> tuple[int, int]:
     """Return into how many parts a sum over `blocks` is split, and the blocks of a part.
 
     Args:
@@ -143,7 +144,8 @@ def _splits(blocks: int, others: int) -> tuple[int, int]:
     return triton.cdiv(blocks, each), each
 
 
-def _mask_arguments(mask: Mask | None, like: Tensor) -> tuple[Tensor, int, int]:
+def mask_arguments(mask: Mask | None, like: Tensor) -> tuple[Tensor, int, int]:
+    """Return seed, salt and threshold; `like` stands in for a seed that nobody reads."""
     return (like, 0, 0) if mask is None else (mask.seed, mask.salt, mask.threshold)
 
 
@@ -151,23 +153,29 @@ def rank_product_(
     out: Tensor, x: Tensor, factor: Tensor, *, mask: Mask | None = None, scaling: float = 1.0
 ) -> Tensor:
     (T, K), R = x.shape, factor.shape[1]
-    if R > _MAX_RANKS:
-        parts = zip(out.split(_MAX_RANKS, 1), factor.split(_MAX_RANKS, 1), strict=True)
+    if R > MAX_RANKS:
+        parts = zip(out.split(MAX_RANKS, 1), factor.split(MAX_RANKS, 1), strict=True)
         return torch.cat([rank_product_(o, x, f, mask=mask, scaling=scaling) for o, f in parts], 1)
     if mask is None and not _WITHOUT_DROPOUT["product"]:
         torch.mm(x, factor, out=out)
         return out * scaling
-    scaled = torch.empty(T, R, dtype=x.dtype, device=x.device)
     if not T or not R:
-        return scaled
+        return out * scaling
     block_t, block_k, warps, stages = _PRODUCT_TILES[mask is not None]
-    splits, each = _splits(triton.cdiv(K, block_k), triton.cdiv(T, block_t))
+    splits, each = splits_of(triton.cdiv(K, block_k), triton.cdiv(T, block_t))
     partial = torch.empty(splits, T, R, dtype=torch.float32, device=x.device)
     _product_kernel[(triton.cdiv(T, block_t), splits)](
-        x, factor, partial, *_mask_arguments(mask, partial), x.stride(0), *factor.stride(),
-        T, K, each, R=R, BLOCK_R=_block_ranks(R), DROPS=mask is not None, ALIGNED=_is_aligned(x),
+        x, factor, partial, *mask_arguments(mask, partial), x.stride(0), *factor.stride(),
+        T, K, each, R=R, BLOCK_R=block_ranks(R), DROPS=mask is not None, ALIGNED=is_aligned(x),
         BLOCK_T=block_t, BLOCK_K=block_k, num_warps=warps, num_stages=stages,
     )  # fmt: skip
+    return add_splits(partial, out, mask, scaling)
+
+
+def add_splits(partial: Tensor, out: Tensor, mask: Mask | None, scaling: float) -> Tensor:
+    """Write the sum over splits `[splits, T, R]` into `out` `[T, R]`; return it scaled."""
+    splits, T, R = partial.shape
+    scaled = torch.empty(T, R, dtype=out.dtype, device=out.device)
     _sum_kernel[(triton.cdiv(T * R, 1024),)](
         partial, out, scaled, out.stride(0), T * R, splits, mask.scale if mask else 1.0, scaling,
         R=R, BLOCK=1024,
@@ -186,25 +194,25 @@ def rank_gradient(
     (T, K), R = x.shape, gb.shape[1]
     if mask is None and norm is None and not _WITHOUT_DROPOUT["gradient"]:
         return product_float32(gb.t(), x)
-    if R > _MAX_RANKS:
-        A_parts = [None] * R if lora_A is None else lora_A.split(_MAX_RANKS)
-        parts = zip(gb.split(_MAX_RANKS, 1), A_parts, strict=False)
+    if R > MAX_RANKS:
+        A_parts = [None] * R if lora_A is None else lora_A.split(MAX_RANKS)
+        parts = zip(gb.split(MAX_RANKS, 1), A_parts, strict=False)
         return torch.cat([rank_gradient(g, x, mask, A, grad_x, norm) for g, A in parts])
     if not T or not R:
         return torch.zeros(R, K, dtype=torch.float32, device=x.device)
     block_t, block_k, warps, stages = _GRADIENT_TILES[mask is not None]
     column_blocks = triton.cdiv(K, block_k)
-    splits, each = _splits(triton.cdiv(T, block_t), column_blocks)
+    splits, each = splits_of(triton.cdiv(T, block_t), column_blocks)
     partial = torch.empty(splits, R, K, dtype=torch.float32, device=x.device)
     A = grad = x
     if mask is not None and lora_A is not None and grad_x is not None:
         A, grad = lora_A, grad_x
     _gradient_kernel[(column_blocks, splits)](
         gb, x, A, grad, partial, *((partial, partial) if norm is None else norm),
-        *_mask_arguments(mask, partial), mask.scale if mask else 1.0,
+        *mask_arguments(mask, partial), mask.scale if mask else 1.0,
         gb.stride(0), x.stride(0), A.stride(0), grad.stride(0), T, K, each,
-        R=R, BLOCK_R=_block_ranks(R), DROPS=mask is not None, ADDS=grad is not x,
-        NORMS=norm is not None,        ALIGNED=_is_aligned(gb, x, A, grad),
+        R=R, BLOCK_R=block_ranks(R), DROPS=mask is not None, ADDS=grad is not x,
+        NORMS=norm is not None,        ALIGNED=is_aligned(gb, x, A, grad),
         BLOCK_T=block_t, BLOCK_K=block_k, num_warps=warps, num_stages=stages,
     )  # fmt: skip
     return partial.sum(0) if splits > 1 else partial[0]
