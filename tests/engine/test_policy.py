@@ -1,5 +1,7 @@
 from dataclasses import replace
 
+import pytest
+
 from halfbyte.engine.block import BlockShape
 from halfbyte.engine.policy import LayerBytes, choose, least_bytes, plan, tiles, working_bytes
 
@@ -57,16 +59,24 @@ def test_what_activations_leave_free_is_for_dequantized_weights():
     assert plan("lean", 2, sizes, 50, 10**6).num_staying == 0
 
 
-def test_inputs_go_to_the_host_where_not_even_they_fit_and_lift_late_layers():
+@pytest.mark.parametrize(("below", "enough"), [("input", 60), ("attention", 180)])
+def test_inputs_go_to_the_host_where_a_level_does_not_fit_and_lift_late_layers(below, enough):
     sizes = LayerBytes(10, 30, 100)
     cost = {"offload": 0, "input": 10, "attention": 30, "all": 100}
-    assert choose(6, sizes, 0, offloads=True) == ["offload"] * 5 + ["input"]
-    assert choose(6, sizes, 59, offloads=True) == ["offload"] * 5 + ["attention"]
-    assert choose(6, sizes, 60, offloads=True) == choose(6, sizes, 60) == ["input"] * 6
-    for budget in range(least_bytes(6, sizes, offloads=True), 60):
-        levels = choose(6, sizes, budget, offloads=True)
+    assert choose(6, sizes, 0, offload_below=below) == ["offload"] * 5 + ["input"]
+    assert choose(6, sizes, 59, offload_below=below) == ["offload"] * 5 + ["attention"]
+    assert choose(6, sizes, enough, offload_below=below) == choose(6, sizes, enough)
+    for budget in range(least_bytes(6, sizes, offloads=True), enough):
+        levels = choose(6, sizes, budget, offload_below=below)
         assert sum(cost[level] for level in levels) + 2 * 10 <= budget
-    assert choose(1, sizes, 0, offloads=True) == ["input"]
+    assert choose(1, sizes, 0, offload_below=below) == ["input"]
+
+
+def test_a_number_of_bytes_is_spent_on_more_layers_than_auto_spends_it_on():
+    sizes = LayerBytes(10, 30, 100)
+    levels = [plan(memory, 32, sizes, 50, 640, offloads=True).levels for memory in ("auto", 640)]
+    assert [some.count("attention") for some in levels] == [16, 20]
+    assert [some.count("offload") for some in levels] == [0, 12]
 
 
 def test_lean_keeps_the_least_that_there_is():

@@ -134,24 +134,32 @@ def plan(
         offloads: Whether inputs may go to the host.
     """
     if memory == "lean":
-        return Choice(choose(num_layers, sizes, 0, offloads=offloads))
+        return Choice(choose(num_layers, sizes, 0, offload_below="input" if offloads else None))
     is_fast = memory == "fast"
     levels = ["all"] * num_layers
     if not is_fast:
-        levels = choose(num_layers, sizes, free_bytes, offloads=offloads)
+        # Who names a number of bytes gets the most out of them; `auto` leaves the host alone.
+        below = "attention" if isinstance(memory, int) else "input"
+        levels = choose(num_layers, sizes, free_bytes, offload_below=below if offloads else None)
     left = free_bytes - sum(sizes.at(level) for level in levels)
     return Choice(levels, min(max(left, 0) // weight_bytes, num_layers))
 
 
 def choose(
-    num_layers: int, sizes: LayerBytes, budget_bytes: int, *, offloads: bool = False
+    num_layers: int, sizes: LayerBytes, budget_bytes: int, *, offload_below: str | None = None
 ) -> list[str]:
     """Return what each layer keeps so that the sum stays within `budget_bytes`.
 
     Where that is less than the least, the least is returned all the same.
+
+    Args:
+        num_layers: Of the model.
+        sizes: Of a layer's activations.
+        budget_bytes: What they may take.
+        offload_below: Inputs go to the host where not all layers can have this level; None: never.
     """
     left = budget_bytes - num_layers * sizes.input
-    if left < 0 and offloads:
+    if offload_below is not None and budget_bytes < num_layers * sizes.at(offload_below):
         lifted = max((budget_bytes - _STAGED * sizes.input) // sizes.attention, 0)
         above = ["attention"] * lifted or ["input"]
         return ["offload"] * (num_layers - len(above)) + above
