@@ -1,13 +1,16 @@
 """A run tells its memory, and that it ran out, and goes on."""
 
 import json
+import shutil
 
 import pytest
 import torch
 
 from halfbyte.data.loader import BatchPlan
 from halfbyte.errors import DeviceError
+from halfbyte.memory.pages import Paging
 from halfbyte.memory.shortage import Shortage
+from halfbyte.optim import adamw
 from halfbyte.optim.adamw import AdamW
 from halfbyte.train import loss as loss_module
 from halfbyte.train.config import TrainConfig
@@ -118,3 +121,45 @@ def test_a_rehearsal_changes_nothing_and_tells_both_numbers(make_lora, rows_of):
     assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
     assert optimizer.grad_norm() == 0
     assert optimizer.steps_done == 0
+
+
+LIMITS = {"device": None, "both": 2**14, "host": 0}
+
+
+@pytest.mark.parametrize(
+    ("optim", "first", "second"),
+    [
+        ("paged_adamw_32bit", "host", "device"),
+        ("paged_adamw_32bit", "device", "both"),
+        ("paged_adamw_8bit", "both", "host"),
+    ],
+)
+def test_pages_on_the_host_are_told_saved_and_resumed_as_if_they_were_on_the_device(
+    optim, first, second, make_lora, rows_of, tokenizer, tmp_path, fake_pool, monkeypatch
+):
+    rows = rows_of([9, 5, 7, 12])
+    monkeypatch.setattr(adamw, "pool_for", lambda _: fake_pool(10**8))
+
+    def run(place, resume=None):
+        paging = Paging(2**12, resident_bytes=LIMITS[place])
+        monkeypatch.setattr(adamw, "Paging", lambda: paging)
+        folder = tmp_path / f"{place}-{resume}"
+        if resume:
+            shutil.copytree(tmp_path / f"{resume}-None" / "checkpoint-1", folder / "checkpoint-1")
+        settings = TrainConfig(
+            output_dir=str(folder), max_steps=2, save_steps=1, optim=optim, disable_tqdm=True,
+            per_device_train_batch_size=4, resume_from_checkpoint="auto" if resume else None,
+        )  # fmt: skip
+        result = train(make_lora(), tokenizer, rows, settings)
+        records = [json.loads(line) for line in (folder / "metrics.jsonl").open()]
+        told = [record["paged_bytes"] for record in records if record["event"] == "step"]
+        assert told == [result.paged_bytes] * len(told) != []
+        assert result.host_bytes >= 2**20
+        files = "adapter_model.safetensors", "checkpoint-2/optimizer.safetensors"
+        return result.paged_bytes, *((folder / name).read_bytes() for name in files)
+
+    results = [run(first), run(second), run(second, resume=first)]
+    for place, (paged_bytes, *_) in zip((first, second, second), results, strict=True):
+        assert (paged_bytes > 0) == (place != "device")
+    files = [files for _, *files in results]
+    assert files[0] == files[1] == files[2]

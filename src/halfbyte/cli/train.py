@@ -9,7 +9,7 @@ from typer.core import TyperCommand
 
 if TYPE_CHECKING:
     from halfbyte.config import RunConfig
-    from halfbyte.train.events import Listener
+    from halfbyte.train.events import Listener, TrainResult
 
 SETTINGS_FILE = "run.yaml"
 """Every setting of a run, in its output directory; `halfbyte train` reads it as it is."""
@@ -103,6 +103,7 @@ def run(config: "RunConfig", *, listeners: Sequence["Listener"] = ()) -> None:
         "held-out loss": "-" if result.eval_loss is None else f"{result.eval_loss:.4f}",
         "tokens/s": f"{result.tokens_per_second:,.0f}",
         "peak memory": size(result.peak_bytes) + _owners(result.peak_by_owner),
+        "beside it": _beside(result),
         "adapter": output_dir,
         "next": f"halfbyte chat {output_dir}  or  halfbyte merge {output_dir} {output_dir}-merged",
     }
@@ -145,6 +146,18 @@ def _owners(owners: Mapping[str, int]) -> str:
     from halfbyte.plan.explain import by_owner
 
     return f" ({by_owner(owners)})" if owners else ""
+
+
+def _beside(result: "TrainResult") -> str:
+    """Say what else was taken: by the allocator, of the optimizer on the host, of main memory."""
+    from halfbyte.cli.display import size
+
+    sizes = {
+        "reserved": result.reserved_bytes,
+        "optimizer state in host memory": result.paged_bytes,
+        "host": result.host_bytes,
+    }
+    return ", ".join(f"{name} {size(nbytes)}" for name, nbytes in sizes.items() if nbytes)
 
 
 def _record(config: "RunConfig") -> "Listener":

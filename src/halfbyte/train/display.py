@@ -137,10 +137,14 @@ def _event_line(event: Event) -> str | None:
         result = event.result
         return (
             f"done: {result.steps:,} steps in {duration(result.seconds)}, loss {result.loss:.4f}, "
-            f"{result.tokens_per_second:,.0f} tokens/s, peak {result.peak_bytes / 2**30:.2f} GiB; "
-            f"adapter: {result.output_dir}"
+            f"{result.tokens_per_second:,.0f} tokens/s, peak {result.peak_bytes / 2**30:.2f} GiB"
+            f"{_paged(result.paged_bytes)}; adapter: {result.output_dir}"
         )
     return None
+
+
+def _paged(nbytes: int) -> str:
+    return f" and {nbytes / 2**30:.2f} GiB paged out" if nbytes else ""
 
 
 def _memory(event: StepFinished) -> str:
@@ -172,7 +176,8 @@ class PlainLog:
                 f"step {event.step}/{event.total_steps}  epoch {event.epoch:.2f}  "
                 f"loss {event.loss:.4f}  grad_norm {event.grad_norm:.3f}  "
                 f"lr {event.learning_rate:.2e}  {event.tokens_per_second:,.0f} tokens/s  "
-                f"{event.memory_bytes / 2**30:.2f} GiB  {duration(self._pace.seconds_left())} left"
+                f"{event.memory_bytes / 2**30:.2f} GiB{_paged(event.paged_bytes)}  "
+                f"{duration(self._pace.seconds_left())} left"
             )
         else:
             line = _event_line(event) or ""

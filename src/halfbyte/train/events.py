@@ -162,6 +162,9 @@ class TrainResult:
         peak_bytes: Largest memory: the allocator's on a GPU, the resident set on a CPU.
         output_dir: Where the adapter is.
         peak_by_owner: Bytes of the peak on a GPU; empty on a CPU.
+        reserved_bytes: The most that a GPU's allocator held for tensors; 0 on a CPU.
+        paged_bytes: Optimizer state that was in host memory at the end.
+        host_bytes: The most main memory of the process.
     """
 
     steps: int
@@ -173,6 +176,9 @@ class TrainResult:
     peak_bytes: int
     output_dir: Path
     peak_by_owner: Mapping[str, int] = field(default_factory=dict)
+    reserved_bytes: int = 0
+    paged_bytes: int = 0
+    host_bytes: int = 0
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,6 @@ from peft import PeftModel
 from torch import nn
 
 from halfbyte.adapters.io import restore_adapter
-from halfbyte.device import peak_bytes
 from halfbyte.errors import CheckpointError, ConfigError, HalfbyteError
 from halfbyte.optim.schedule import learning_rate
 from halfbyte.train.config import TrainConfig
@@ -42,7 +41,7 @@ from halfbyte.train.events import (
     TrainResult,
 )
 from halfbyte.train.inputs import Data
-from halfbyte.train.memory import memory_fields, peak_by_owner, rehearse
+from halfbyte.train.memory import memory_fields, rehearse, result_fields
 from halfbyte.train.result import describe_run, finished_result, write_result
 from halfbyte.train.run import Run, announce, assemble, restore
 from halfbyte.train.signals import Interrupted, Interruption
@@ -274,7 +273,6 @@ def _result(run: Run, eval_loss: float | None) -> TrainResult:
         seconds=progress.seconds,
         tokens=progress.tokens,
         tokens_per_second=progress.tokens / progress.seconds if progress.seconds > 0 else 0.0,
-        peak_bytes=peak_bytes(run.device),
-        peak_by_owner=peak_by_owner(run.model, run.optimizer),
         output_dir=run.output_dir,
+        **result_fields(run.model, run.optimizer),
     )

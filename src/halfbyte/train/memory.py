@@ -1,12 +1,13 @@
 """What a run knows of its memory: while it trains, at its end, and when there is too little."""
 
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import torch
 from peft import PeftModel
 
 from halfbyte.data.loader import Batch, BatchPlan, make_batch
+from halfbyte.device import peak_bytes, peak_rss_bytes
 from halfbyte.errors import DeviceError
 from halfbyte.memory.shortage import Shortage
 from halfbyte.memory.usage import Usage
@@ -33,6 +34,18 @@ def memory_fields(model: PeftModel, optimizer: AdamW) -> dict[str, int]:
         "reserved_bytes": usage.reserved_bytes,
         "paged_bytes": optimizer.host_bytes,
         "host_bytes": usage.host_bytes,
+    }
+
+
+def result_fields(model: PeftModel, optimizer: AdamW) -> dict[str, Any]:
+    """Return the fields of `TrainResult` that say how much memory was in use."""
+    is_gpu = model.device.type == "cuda"
+    return {
+        "peak_bytes": peak_bytes(model.device),
+        "peak_by_owner": peak_by_owner(model, optimizer),
+        "reserved_bytes": torch.cuda.max_memory_reserved(model.device) if is_gpu else 0,
+        "paged_bytes": optimizer.host_bytes,
+        "host_bytes": peak_rss_bytes(),
     }
 
 
