@@ -233,14 +233,26 @@ def test_refuses_scales_of_another_length():
     packed, absmax = nf4.quantize_4bit(torch.randn(4, 64))
     absmax_u8, nested_absmax, table, offset = nested(absmax)
     options = {"shape": (4, 64), "dtype": torch.float32}
-    with pytest.raises(QuantizationError, match="4 scales"):
+    with pytest.raises(QuantizationError, match="got 128 uint8, 3 float32"):
         nf4.dequantize_4bit(packed, absmax[:3], **options)
-    with pytest.raises(QuantizationError, match="128 packed bytes"):
+    with pytest.raises(QuantizationError, match="got 127 uint8"):
         nf4.dequantize_4bit(packed[:-1], absmax, **options)
-    with pytest.raises(QuantizationError, match="map of 256"):
+    with pytest.raises(QuantizationError, match="255 float32"):
         nf4.dequantize_nested(packed, absmax_u8, nested_absmax, table[:255], offset, **options)
-    with pytest.raises(QuantizationError, match="1 nested scales"):
+    with pytest.raises(QuantizationError, match="0 float32"):
         nf4.dequantize_nested(packed, absmax_u8, nested_absmax[:0], table, offset, **options)
+
+
+def test_refuses_scales_of_another_width():
+    packed, absmax = nf4.quantize_4bit(torch.randn(4, 64))
+    absmax_u8, nested_absmax, table, offset = nested(absmax)
+    options = {"shape": (4, 64), "dtype": torch.float32}
+    with pytest.raises(QuantizationError, match="got 128 uint8, 4 bfloat16"):
+        nf4.dequantize_4bit(packed, absmax.bfloat16(), **options)
+    with pytest.raises(QuantizationError, match="got 128 int8"):
+        nf4.dequantize_4bit(packed.view(torch.int8), absmax, **options)
+    with pytest.raises(QuantizationError, match="1 float16"):
+        nf4.dequantize_nested(packed, absmax_u8, nested_absmax.half(), table, offset, **options)
 
 
 @pytest.mark.parametrize("numel", [1, 255, 256, 1300])

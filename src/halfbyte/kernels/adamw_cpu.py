@@ -38,7 +38,14 @@ def adamw8bit_step_(
     grad_scale: float | torch.Tensor = 1.0,
 ) -> None:
     library = native.library()
-    if library is None:
+    grad, numel = grad.contiguous(), param.numel()
+    blocks = -(-numel // adamw.BLOCK_SIZE)
+    fits = (
+        all(native.is_vector(t, torch.float32, numel) for t in (param, grad))
+        and all(native.is_vector(t, torch.uint8, numel) for t in (exp_avg, exp_avg_sq))
+        and all(native.is_vector(t, torch.float32, blocks) for t in (absmax1, absmax2))
+    )
+    if library is None or not fits:
         inspect.unwrap(adamw.adamw8bit_step_)(
             param, grad, exp_avg, exp_avg_sq, absmax1, absmax2,
             step=step, lr=lr, beta1=beta1, beta2=beta2, eps=eps, weight_decay=weight_decay,
@@ -56,7 +63,6 @@ def adamw8bit_step_(
         root_correction2=math.sqrt(1.0 - beta2**step),
         grad_scale=float(grad_scale),
     )
-    grad = grad.contiguous()
     tables = [
         table(signed=is_signed)
         for table in (codebooks.dynamic_map, codebooks.dynamic_thresholds)

@@ -23,7 +23,8 @@ def causal_attention_backward(
     library = native.library()
     tensors = (query, key, value, out, grad_out)
     batch, heads, length, size = query.shape
-    fits = size % _LANES == 0 and value.shape == query.shape and native.has_rows(*tensors)
+    fits = all(t.shape == query.shape for t in tensors) and log_sum_exp.shape == query.shape[:3]
+    fits = fits and size % _LANES == 0 and native.has_rows(*tensors)
     if library is None or not fits:
         return attention.causal_attention_backward.__wrapped__(  # type: ignore[attr-defined]
             query, key, value, out, log_sum_exp, grad_out, scale=scale

@@ -9,7 +9,7 @@ from halfbyte.kernels.dropout import Mask, add_masked_product_, dropout
 
 def gated_forward(gate_up: Tensor, size: int, activation: str, *, columns: int = 0) -> Tensor:
     library = native.library()
-    if library is None or not native.has_rows(gate_up):
+    if library is None or not native.has_rows(gate_up) or gate_up.shape[1] < 2 * size:
         return gated.gated_forward.__wrapped__(gate_up, size, activation, columns=columns)  # type: ignore[attr-defined]
     out = gate_up.new_empty(gate_up.shape[0], size + columns)
     library.hb_gated_forward(
@@ -36,7 +36,8 @@ def gated_backward_(
     lora_A: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     library = native.library()
-    if library is None or not native.has_rows(gate_up, grad_hidden):
+    fits = gate_up.shape[1] >= 2 * size and grad_hidden.shape == (gate_up.shape[0], size)
+    if library is None or not fits or not native.has_rows(gate_up, grad_hidden):
         return gated.gated_backward_.__wrapped__(  # type: ignore[attr-defined]
             gate_up, grad_hidden, xas, down_gb, size, activation, mask, lora_A
         )

@@ -75,6 +75,16 @@ def has_rows(*tensors: Tensor | None) -> bool:
     )
 
 
+def is_vector(tensor: Tensor, dtype: torch.dtype, length: int) -> bool:
+    """Whether a loop may take the tensor for `length` elements of `dtype` in one piece."""
+    return (
+        tensor.dtype == dtype
+        and tensor.shape == (length,)
+        and tensor.is_contiguous()
+        and tensor.device.type == "cpu"
+    )
+
+
 def cache_directory() -> Path:
     """Return where compiled libraries lie: `$XDG_CACHE_HOME/halfbyte` or `~/.cache/halfbyte`."""
     root = os.environ.get("XDG_CACHE_HOME")

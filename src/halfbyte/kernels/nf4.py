@@ -72,10 +72,10 @@ def dequantize_4bit(
     """Return level[code] * absmax, multiplied in float32 and rounded once to `dtype`, as `shape`.
 
     Raises:
-        QuantizationError: The lengths of `packed` and `absmax` do not belong to `shape`.
+        QuantizationError: The lengths or dtypes of `packed` and `absmax` do not belong to `shape`.
     """
     _check_settings(block_size, quant_type)
-    _check_lengths(packed, absmax, shape, block_size)
+    check_tensors(packed, absmax, shape=shape, block_size=block_size)
     return torch.ops.halfbyte.dequantize_4bit(
         packed, absmax, shape=shape, dtype=dtype, block_size=block_size, quant_type=quant_type
     )
@@ -118,16 +118,11 @@ def dequantize_nested(  # noqa: PLR0913 - a double-quantized weight is five tens
     """Dequantize codes and both levels of scales, as `dequantize_4bit(dequantize_absmax(...))`.
 
     Raises:
-        QuantizationError: The lengths of the tensors do not belong to `shape`.
+        QuantizationError: The lengths or dtypes of the tensors do not belong to `shape`.
     """
     _check_settings(block_size, quant_type)
-    _check_lengths(packed, absmax_u8, shape, block_size)
-    num_nested = -(-absmax_u8.numel() // NESTED_BLOCK_SIZE)
-    if nested_absmax.numel() != num_nested or nested_map.numel() != 256 or offset.numel() != 1:
-        raise QuantizationError(
-            f"expected {num_nested} nested scales, a map of 256 values and one offset,"
-            f" got {nested_absmax.numel()}, {nested_map.numel()} and {offset.numel()}"
-        )
+    nested = (nested_absmax, nested_map, offset)
+    check_tensors(packed, absmax_u8, nested, shape=shape, block_size=block_size)
     return torch.ops.halfbyte.dequantize_nested(
         packed,
         absmax_u8,
@@ -149,17 +144,42 @@ def _check_settings(block_size: int, quant_type: str) -> None:
         )
 
 
-def _check_lengths(
-    packed: torch.Tensor, scales: torch.Tensor, shape: Sequence[int], block_size: int
+def check_tensors(
+    packed: torch.Tensor,
+    absmax: torch.Tensor,
+    nested: Sequence[torch.Tensor] | None = None,
+    *,
+    shape: Sequence[int],
+    block_size: int,
 ) -> None:
-    """Refuse lengths that a kernel would read past."""
+    """Refuse tensors that a kernel would read past, because they are too short or too narrow.
+
+    Args:
+        packed: The codes, uint8.
+        absmax: The scales, float32; uint8 where there are nested ones.
+        nested: The scales of the scales, their map and their offset, float32.
+        shape: Of the weight.
+        block_size: Elements that share a scale.
+
+    Raises:
+        QuantizationError: A tensor has another length or dtype.
+    """
     numel = math.prod(shape)
-    num_bytes, num_blocks = (numel + 1) // 2, -(-numel // block_size)
-    if packed.numel() != num_bytes or scales.numel() != num_blocks:
+    num_blocks = -(-numel // block_size)
+    num_groups = -(-num_blocks // NESTED_BLOCK_SIZE)
+    expected = [((numel + 1) // 2, torch.uint8)]
+    expected.append((num_blocks, torch.float32 if nested is None else torch.uint8))
+    expected += [(length, torch.float32) for length in (num_groups, 256, 1) if nested is not None]
+    found = [(tensor.numel(), tensor.dtype) for tensor in (packed, absmax, *(nested or ()))]
+    if found != expected:
         raise QuantizationError(
-            f"expected {num_bytes} packed bytes and {num_blocks} scales for shape {list(shape)} in"
-            f" blocks of {block_size}, got {packed.numel()} and {scales.numel()}"
+            f"expected codes and scales of {_described(expected)} for shape {list(shape)} in "
+            f"blocks of {block_size}, got {_described(found)}"
         )
+
+
+def _described(tensors: Sequence[tuple[int, torch.dtype]]) -> str:
+    return ", ".join(f"{length} {str(dtype)[6:]}" for length, dtype in tensors)
 
 
 def reference_quantize_4bit(

@@ -83,14 +83,14 @@ def dequantize_nested(
             packed, absmax, shape=shape, dtype=dtype, block_size=block_size, quant_type=quant_type
         )
     out = packed.new_empty(tuple(shape), dtype=dtype)
-    nested = (absmax_u8.contiguous(), nested_map.contiguous(), offset)
-    fill_(library, out, packed, nested_absmax, nested, block_size=block_size, quant_type=quant_type)
+    nested = (nested_absmax, nested_map, offset)
+    fill_(library, out, packed, absmax_u8, nested, block_size=block_size, quant_type=quant_type)
     return out
 
 
 def quantize_blockwise(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     library = native.library()
-    if library is None:
+    if library is None or values.dtype != torch.float32:
         return nf4.reference_quantize_blockwise(values)
     values = values.contiguous()
     codes = torch.empty_like(values, dtype=torch.uint8)
@@ -115,21 +115,29 @@ def fill_(
     library: ctypes.CDLL,
     out: torch.Tensor,
     packed: torch.Tensor,
-    scales: torch.Tensor,
+    absmax: torch.Tensor,
     nested: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None,
     *,
     block_size: int,
     quant_type: str,
 ) -> None:
-    """Fill `out`; `nested` is the codes, map and offset of scales in eight bits."""
-    packed, scales = packed.contiguous(), scales.contiguous()
+    """Fill `out`, which is in one piece, from tensors that `nf4.check_tensors` has seen.
+
+    Args:
+        library: The compiled loops.
+        out: As many elements as there are codes.
+        packed: The codes.
+        absmax: Their scales.
+        nested: The scales of the scales, their map and their offset.
+        block_size: Elements that share a scale.
+        quant_type: "nf4" or "fp4".
+    """
+    packed, absmax, *scales = (t.contiguous() for t in (packed, absmax, *(nested or ())))
     levels = _levels(quant_type)
+    of_scales = [t.data_ptr() for t in (absmax, *scales)]
     library.hb_dequantize(
         packed.data_ptr(),
-        nested[0].data_ptr() if nested else None,
-        scales.data_ptr(),
-        nested[1].data_ptr() if nested else None,
-        nested[2].data_ptr() if nested else None,
+        *(of_scales if nested else (None, *of_scales, None, None)),
         levels.data_ptr(),
         out.data_ptr(),
         out.numel(),

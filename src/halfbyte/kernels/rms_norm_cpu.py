@@ -16,7 +16,7 @@ def add_rms_norm(
     scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     library = native.library()
-    if library is None or scale is not None or not native.has_rows(x, delta):
+    if library is None or scale is not None or not _fits(x, delta, x, weight):
         return rms_norm.add_rms_norm.__wrapped__(  # type: ignore[attr-defined]
             x, delta, weight, eps, columns=columns, scale=scale
         )
@@ -50,7 +50,7 @@ def rms_norm_backward(
     columns: int = 0,
 ) -> Tensor:
     library = native.library()
-    if library is None or not native.has_rows(grad_normed, x, grad_residual):
+    if library is None or not _fits(x, grad_normed, grad_residual, weight):
         return rms_norm.rms_norm_backward.__wrapped__(  # type: ignore[attr-defined]
             grad_normed, x, weight, eps, grad_residual, columns=columns
         )
@@ -72,3 +72,12 @@ def rms_norm_backward(
         torch.get_num_threads(),
     )
     return out
+
+
+def _fits(x: Tensor, one: Tensor | None, other: Tensor | None, weight: Tensor) -> bool:
+    """Whether the loops can read them; else the reference says what is wrong."""
+    return (
+        native.has_rows(x, one, other)
+        and native.is_vector(weight, torch.float32, x.shape[-1])
+        and all(t is None or t.shape == x.shape for t in (one, other))
+    )

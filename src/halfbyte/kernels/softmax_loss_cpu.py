@@ -18,7 +18,8 @@ def softmax_loss_(
 ) -> Tensor:
     library = native.library()
     is_plain = bias is None and softcap is None and logits.is_contiguous()
-    if library is None or not is_plain or logits.dtype not in _DTYPE_CODES:
+    is_plain = is_plain and logits.dtype in _DTYPE_CODES
+    if library is None or not is_plain or not _has_targets(logits, target):
         return torch_softmax_loss_(
             logits, target, bias=bias, logit_scale=logit_scale, softcap=softcap
         )
@@ -34,6 +35,14 @@ def softmax_loss_(
         torch.get_num_threads(),
     )
     return loss
+
+
+def _has_targets(logits: Tensor, target: Tensor) -> bool:
+    """Whether each row has a target among its columns; torch says what is wrong with others."""
+    if target.dtype != torch.int64 or target.shape != logits.shape[:1] or target.numel() == 0:
+        return False
+    low, high = target.aminmax()
+    return bool((low >= 0) & (high < logits.shape[1]))
 
 
 def torch_softmax_loss_(

@@ -1,11 +1,10 @@
 """The matrix of sibling projections on a CPU: dequantized in place where it has no border."""
 
 from collections.abc import Sequence
-from typing import Any
 
 from torch import Tensor
 
-from halfbyte.kernels import native, nf4_cpu, wide
+from halfbyte.kernels import native, nf4, nf4_cpu, wide
 from halfbyte.kernels.wide import Part
 
 
@@ -24,15 +23,17 @@ def assemble_(matrix: Tensor, parts: Sequence[Part], *, only_border: bool = Fals
         if isinstance(weight, Tensor):
             rows.copy_(weight)
         else:
-            scales, nested = weight.absmax, None
+            nested = None
             if weight.nested_absmax is not None:
                 assert weight.nested_map is not None
                 assert weight.offset is not None
-                scales = weight.nested_absmax
-                nested = (weight.absmax, weight.nested_map, weight.offset)
-            settings: dict[str, Any] = {
-                "block_size": weight.block_size,
-                "quant_type": weight.quant_type,
-            }
-            nf4_cpu.fill_(library, rows, weight.packed, scales, nested, **settings)
+                nested = (weight.nested_absmax, weight.nested_map, weight.offset)
+            block_size = weight.block_size
+            nf4.check_tensors(
+                weight.packed, weight.absmax, nested, shape=rows.shape, block_size=block_size
+            )
+            nf4_cpu.fill_(
+                library, rows, weight.packed, weight.absmax, nested,
+                block_size=block_size, quant_type=weight.quant_type,
+            )  # fmt: skip
     return matrix
