@@ -62,11 +62,13 @@ class Keep:
         is_again: The forward runs only for what it saves (under torch's checkpointing), so its
             last product is left out.
         tile: Tokens at a time where they are too many to run at once (see `tiled`); 0: all.
+        wide: Down's wide matrix from a forward that runs again, for the backward right behind it.
     """
 
     everything: bool = True
     is_again: bool = False
     tile: int = 0
+    wide: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -187,7 +189,9 @@ class OutOfAttention(torch.autograd.Function):
         elif not keep.is_again:
             down.forward(hidden, wide, y)
             y += mid
-        ctx.weights, ctx.shape, ctx.everything = weights, shape, keep.everything
+        if keep.is_again:
+            keep.wide = wide
+        ctx.weights, ctx.shape, ctx.keep, ctx.everything = weights, shape, keep, keep.everything
         kept = (mid, scale, o_xa, o_out, gate_up, gate_up_xa) if keep.everything else (x,)
         ctx.save_for_backward(attention, down_xa, down_out, seed, *kept)
         return y
@@ -205,10 +209,12 @@ class OutOfAttention(torch.autograd.Function):
             gate_up, gate_up_xa = _gate_up(normed, weights.gate_up, seed)
             del normed
         grad_down = backward_branch(grad_y, down_out, weights.after_down, weights.down.rank)
+        wide, ctx.keep.wide = ctx.keep.wide, None
+        wide = weights.down.wide_again(grad_y) if wide is None else wide
         grads_B, grads_down = _backward_gated(
-            grad_down, down_xa, gate_up, gate_up_xa, weights, shape, seed
+            grad_down, down_xa, gate_up, gate_up_xa, wide, weights, shape, seed
         )
-        del grad_down
+        del grad_down, wide
         group, grad_gate_up = weights.gate_up, gate_up
         wide = group.wide_again(grad_y)
         group.up_(grad_gate_up, wide)
@@ -326,13 +332,13 @@ def _backward_gated(
     down_xa: Tensor,
     gate_up: Tensor,
     gate_up_xa: Tensor,
+    wide: Tensor,
     weights: OutWeights,
     shape: BlockShape,
     seed: Tensor | None,
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Turn `gate_up` into its gradient; return that of B of gate and up, and down's adapter's."""
     down, group = weights.down, weights.gate_up
-    wide = down.wide_again(grad_wide)
     down.up_(grad_wide, wide)
     grad_hidden = down.backward_input(grad_wide, wide, seed)
     grad_B = down.grad_B(grad_wide[:, : down.outputs], down_xa)
