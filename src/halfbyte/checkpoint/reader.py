@@ -5,6 +5,7 @@ name in an index reaches outside the folder, and what an index says must be what
 """
 
 import reprlib
+from io import RawIOBase
 from pathlib import Path
 
 import torch
@@ -101,13 +102,22 @@ def read_tensor(name: str, info: TensorInfo) -> Tensor:
     target = tensor.view(-1).view(torch.uint8).numpy().data
     with info.file.open("rb", buffering=0) as file:
         file.seek(info.start)
-        done = 0
-        while done < info.num_bytes:
-            count = file.readinto(target[done:])
-            if not count:
-                raise CheckpointError(f"{info.file} ends within {name!r}", hint=AGAIN)
-            done += count
+        read_into(file, target, name, info)
     return tensor
+
+
+def read_into(file: RawIOBase, target: memoryview, name: str, info: TensorInfo) -> None:
+    """Fill `target` from where `file` stands; `name` and `info` are for the message.
+
+    Raises:
+        CheckpointError: the file ends early.
+    """
+    done = 0
+    while done < len(target):
+        count = file.readinto(target[done:])
+        if not count:
+            raise CheckpointError(f"{info.file} ends within {name!r}", hint=AGAIN)
+        done += count
 
 
 def read_file(path: Path) -> dict[str, Tensor]:

@@ -1,7 +1,8 @@
 """Load a language model and its tokenizer, in four bits or in sixteen.
 
-The folder is checked from its headers first; then transformers' `from_pretrained` reads it, and
-layers become 4-bit while it does (see `halfbyte.quant.quantizer`).
+The folder is checked from its headers first; then transformers' `from_pretrained` builds the model,
+and layers become 4-bit while it does (see `halfbyte.quant.quantizer`). What is quantized on the way
+is read ahead of it (see `halfbyte.checkpoint.ahead`).
 """
 
 import contextlib
@@ -11,10 +12,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.utils import logging as transformers_logging
 
 import halfbyte
+from halfbyte.checkpoint.ahead import ReadAhead
 from halfbyte.checkpoint.header import read_json
 from halfbyte.device import compute_dtype, resolve_device
 from halfbyte.errors import CheckpointError, ConfigError, DeviceError, HalfbyteError
@@ -80,7 +87,12 @@ def load(
         settings["quantization_config"] = quant
     if attn_implementation is not None:
         settings["attn_implementation"] = attn_implementation
-    model = _from_pretrained(folder, settings | kwargs)
+    if quant is not None and skeleton.quantization is None and not kwargs:
+        with ReadAhead(skeleton.reader, target) as ahead:
+            settings |= {"state_dict": ahead.state_dict(), "generation_config": _generation(folder)}
+            model = _from_pretrained(type(skeleton.model), folder, settings)
+    else:
+        model = _from_pretrained(AutoModelForCausalLM, folder, settings | kwargs)
     if quant is None and skeleton.quantization is not None:
         model.dequantize(settings["dtype"])
     model.name_or_path = model.config.name_or_path = str(name_or_path)
@@ -129,12 +141,21 @@ def _with_quantization(skeleton: Skeleton, quant: NF4Config | None) -> Any:
     return config
 
 
-def _from_pretrained(folder: Path, settings: dict[str, Any]) -> Any:
+def _generation(folder: Path) -> GenerationConfig:
+    """Return the folder's settings of generation, those in config.json where it has no others."""
+    if (folder / "generation_config.json").exists():
+        return GenerationConfig.from_pretrained(folder, local_files_only=True)
+    return GenerationConfig.from_pretrained(
+        folder, config_file_name="config.json", local_files_only=True, _from_model_config=True
+    )
+
+
+def _from_pretrained(factory: Any, folder: Path, settings: dict[str, Any]) -> Any:
+    """Return the model, its tensors from `state_dict` where that is given, else from the folder."""
+    source = None if "state_dict" in settings else folder
     try:
         with _bars_in_terminals_only():
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
-                folder, output_loading_info=True, **settings
-            )
+            loaded: Any = factory.from_pretrained(source, output_loading_info=True, **settings)
     except HalfbyteError:
         raise
     except (ImportError, ValueError) as error:
