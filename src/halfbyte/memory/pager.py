@@ -133,9 +133,9 @@ class Pager:
 
     def land(self) -> None:
         """Free the slots; a page that came and was not updated is on the host as it was."""
-        if self._flight is not None:
+        if self._flight is not None and self._flight.slots:
             self.pool.finish()
-            self._flight = None
+        self._flight = None
 
     def visit(self, update: Update) -> None:
         """Call `update(start, stop, tensors by field)` for every page, in order.
@@ -169,6 +169,8 @@ class Pager:
             return
         free = self.pool.free_bytes() - _MARGIN * self._nbytes(self._page_numel)
         room = self._patience.after_step(min(free, self._limit - self.resident_bytes))
+        if not room:
+            return
         if room >= self.host_bytes:
             whole = self._try_device(self._nbytes(self._numel))
             if whole is not None:
