@@ -30,10 +30,13 @@ def _madvise() -> Callable[..., int] | None:
 def release_pages(tensor: Tensor) -> None:
     """Let the system take back the whole pages that a CPU tensor occupies; its values stay.
 
-    Does nothing for tensors elsewhere, for small ones, and on systems without the call.
+    Does nothing for tensors elsewhere, for small ones, for memory that torch allocated (it lies in
+    no file, and goes with its tensor), and on systems without the call.
     """
     madvise = _madvise()
     if madvise is None or tensor.device.type != "cpu" or not tensor.is_contiguous():
+        return
+    if tensor.untyped_storage().resizable():
         return
     start = -(-tensor.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
     end = (tensor.data_ptr() + tensor.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
