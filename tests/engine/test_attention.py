@@ -51,3 +51,23 @@ def test_packed_documents_do_not_see_each_other():
     changed = attention(query, key, value, Layout(1, 12, bounds, 6), 0.25)
     assert torch.equal(changed[5:], out[5:])
     assert not torch.equal(changed[:5], out[:5])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("window", [16, 100, None])
+def test_windows_on_a_gpu(window):
+    query, key, value = (t.repeat(1, 1, 4).cuda().bfloat16() for t in _inputs(384))
+    bounds = torch.tensor([0, 192, 384], dtype=torch.int32, device="cuda")
+    leaves = [t.requires_grad_() for t in (query, key, value)]
+    exact = [t.detach().double().requires_grad_() for t in leaves]
+    rows = (slice(192), slice(192, 384))
+    expected = torch.cat([_plain(*(t[r] for t in exact), 0.1, window or 999) for r in rows])
+    weight = torch.randn_like(expected)
+    wanted = torch.autograd.grad((expected * weight).sum(), exact)
+    for layout in (Layout(2, 192, max_length=192), Layout(1, 384, bounds, 192)):
+        with backends():
+            out = attention(*leaves, layout, 0.1, window)
+        torch.testing.assert_close(out.double(), expected.detach(), rtol=0.02, atol=0.02)
+        grads = torch.autograd.grad((out * weight.to(out)).sum(), leaves)
+        for grad, want in zip(grads, wanted, strict=True):
+            assert (grad.double() - want).norm() < 0.02 * want.norm()
