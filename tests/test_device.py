@@ -69,3 +69,11 @@ def test_the_peak_is_not_that_of_the_parent():
 def test_available_bytes_are_some_of_those_that_there_are():
     available = available_bytes("cpu")
     assert available is None or available > 1 << 20
+
+
+def test_available_bytes_of_a_gpu_stay_within_what_the_process_may_take(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (60, 100))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _: 30)
+    for share, expected in ((1.0, 60), (0.5, 20), (0.2, 0)):
+        monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda _, s=share: s)
+        assert available_bytes("cuda") == expected

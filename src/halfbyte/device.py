@@ -71,7 +71,7 @@ def available_bytes(device: torch.device | str) -> int | None:
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
         # Whoever shares a card may have capped the process.
-        allowed = int(torch.cuda.get_per_process_memory_fraction(device) * total)
+        allowed = int(torch.cuda.get_per_process_memory_fraction(device.index) * total)
         return max(min(free, allowed - torch.cuda.memory_reserved(device)), 0)
     try:
         lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
