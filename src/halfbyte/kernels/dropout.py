@@ -19,7 +19,7 @@ from torch import Tensor
 # meet: up to 29,000 pairs of columns within 65,536 rows.
 GOLDEN = 0x9E3779B1
 _FIRST, _SECOND = 0x7FEB352D, 0x846CA68B
-_WORD = 0xFFFFFFFF
+_WORD, _HALF = 0xFFFFFFFF, 0xFFFF
 _STEPS = 1 << 16
 
 
@@ -48,30 +48,43 @@ class Mask(NamedTuple):
         return _STEPS / (_STEPS - self.threshold)
 
 
-def _mix(x: Tensor, key: Tensor | int = 0) -> Tensor:
+def _mix(x: Tensor) -> Tensor:
     """Return a hash of `x`, int64 that holds 32 bits."""
     x = (x ^ (x >> 16)) * _FIRST & _WORD
-    x = (x ^ (x >> 15) ^ key) * _SECOND & _WORD
+    x = (x ^ (x >> 15)) * _SECOND & _WORD
     return x ^ (x >> 16)
+
+
+def _dropped(mask: Mask, rows: int, columns: int) -> Tensor:
+    """Return bool `[rows, columns]`: where an element goes."""
+    device = mask.seed.device
+    seed, first_row = mask.seed.unbind()
+    first = _mix(_mix((seed & _WORD) + mask.salt * GOLDEN & _WORD) ^ (seed >> 32 & _WORD))
+    key = _mix(first + GOLDEN & _WORD)
+    row = first_row + torch.arange(rows, device=device)
+    pair = torch.arange(-(-columns // 2), device=device, dtype=torch.int32)
+    # From here on int32, which wraps around as uint32 does; its shifts leave copies of the sign.
+    bits = (first + row * GOLDEN).to(torch.int32)[:, None] + pair
+    bits ^= (bits >> 16).bitwise_and_(_HALF)
+    bits *= _FIRST
+    bits ^= (bits >> 15).bitwise_and_(0x1FFFF)
+    bits ^= key.to(torch.int32)
+    bits *= _SECOND - (1 << 32)
+    bits ^= (bits >> 16).bitwise_and_(_HALF)
+    # The lower half is the left column, as bytes lie in memory; signs are turned to compare halves
+    # as if they had none.
+    bits ^= 0x80008000 - (1 << 32)
+    return bits.view(torch.int16)[:, :columns] < mask.threshold - _STEPS // 2
 
 
 def kept(mask: Mask, rows: int, columns: int) -> Tensor:
     """Return bool `[rows, columns]` on the device of the mask's seed: where an element stays."""
-    device = mask.seed.device
-    seed, first_row = mask.seed.unbind()
-    low = (seed & _WORD) + mask.salt * GOLDEN & _WORD
-    first = _mix(_mix(low) ^ (seed >> 32 & _WORD))
-    key = _mix(first + GOLDEN & _WORD)
-    row = first_row + torch.arange(rows, device=device)
-    pair = torch.arange(-(-columns // 2), device=device)
-    bits = _mix((first + row * GOLDEN)[:, None] + pair & _WORD, key)
-    halves = torch.stack((bits & _STEPS - 1, bits >> 16), -1)
-    return halves.flatten(1)[:, :columns] >= mask.threshold
+    return ~_dropped(mask, rows, columns)
 
 
 def dropout(x: Tensor, mask: Mask) -> Tensor:
     """Return `x` `[T, K]` (any floating dtype) with elements zeroed and the others scaled."""
-    return torch.where(kept(mask, *x.shape), x * mask.scale, 0)
+    return (x * mask.scale).masked_fill_(_dropped(mask, *x.shape), 0)
 
 
 def add_masked_product_(grad_x: Tensor, gb: Tensor, lora_A: Tensor, mask: Mask) -> Tensor:
