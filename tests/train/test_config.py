@@ -22,6 +22,8 @@ from halfbyte.train.config import TrainConfig, steps_between
         ({"warmup_ratio": 1.5}, "warmup_ratio: less than or equal to 1"),
         ({"save_steps": 0}, "save_steps: greater than 0"),
         ({"save_steps": 2.5}, "save_steps: expected a whole number of steps, or a share below 1"),
+        ({"memory": "huge"}, "memory: auto, lean, fast, or a size such as 6GiB, got 'huge'"),
+        ({"memory": 0}, "memory: auto, lean, fast, or a size such as 6GiB, got 0"),
         ({"save_total_limit": 0}, "save_total_limit: greater than or equal to 1"),
         ({"per_device_train_batch_size": 0}, "per_device_train_batch_size: greater than or equal"),
         ({"gradient_accumulation_steps": 0}, "gradient_accumulation_steps: greater than or equal"),
@@ -130,3 +132,13 @@ def test_errors_inside_a_larger_configuration_keep_their_words():
 
     with pytest.raises(ValueError, match=r"learning_rate: greater than 0, got -1"):
         Whole(train={"learning_rate": -1})
+
+
+@pytest.mark.parametrize(
+    ("given", "activations"),
+    [("lean", "lean"), ("6GiB", 6 * 2**30), (1.5, 3 * 2**29), (2, 2**31), ("512MiB", 2**29)],
+)
+def test_memory_is_a_mode_or_a_size_and_numbers_are_gib(given, activations):
+    config = TrainConfig(memory=given)
+    assert config.activations == activations
+    assert TrainConfig(**config.model_dump()).activations == activations

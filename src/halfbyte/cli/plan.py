@@ -120,7 +120,7 @@ def setting_of(config: "RunConfig", planner: "Planner", total_bytes: int | None)
     return Setting(
         rows=rows,
         length=length,
-        memory="lean" if is_open else train.memory,
+        memory="lean" if is_open else train.activations,
         state_bits=state_bits,
         is_paged=is_paged,
         is_checkpointed=train.gradient_checkpointing,

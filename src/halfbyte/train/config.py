@@ -12,8 +12,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from halfbyte.errors import ConfigError
 from halfbyte.optim.names import OPTIMIZERS
 from halfbyte.optim.schedule import SCHEDULES
+from halfbyte.plan.cards import parse_size
 
 When = Literal["no", "steps", "epoch"]
+_MODES = ("auto", "lean", "fast")
 TRACKERS = (
     "aim",
     "clearml",
@@ -76,8 +78,9 @@ class TrainConfig(BaseModel):
     max_skipped_steps: int = Field(default=0, ge=0)
     """Steps with a NaN or Inf in loss or gradient that are left out before the run stops."""
 
-    memory: Literal["auto", "lean", "fast"] = "auto"
-    """On a GPU: spend what is free on saved activations, the least, or save all of them."""
+    memory: str = "auto"
+    """On a GPU, what saved activations may take: `auto` what is free, `lean` the least (inputs of
+    layers and the optimizer's state in host memory), `fast` all there are; or a size: `6GiB`."""
     gradient_checkpointing: bool = False
     """Recompute each layer in the backward pass: less memory, about a third more time."""
     gradient_checkpointing_kwargs: dict[str, Any] | None = None
@@ -150,6 +153,18 @@ class TrainConfig(BaseModel):
             raise ValueError("expected a whole number of steps, or a share below 1")
         return value
 
+    @field_validator("memory", mode="before")
+    @classmethod
+    def _mode_or_size(cls, value: Any) -> Any:
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            value = f"{value}GiB"
+        if isinstance(value, str) and value not in _MODES:
+            try:
+                parse_size(value)
+            except ConfigError as error:
+                raise ValueError(f"{', '.join(_MODES)}, or a size such as 6GiB") from error
+        return value
+
     @field_validator("resume_from_checkpoint")
     @classmethod
     def _resume_by_name(cls, value: Any) -> str | None:
@@ -176,6 +191,11 @@ class TrainConfig(BaseModel):
                 "overwrite_output_dir and resume_from_checkpoint are both set: keep one"
             )
         return self
+
+    @property
+    def activations(self) -> str | int:
+        """`memory` as the engine takes it: a mode, or bytes."""
+        return self.memory if self.memory in _MODES else parse_size(self.memory)
 
     def total_steps(self, steps_per_epoch: int) -> int:
         """Return the optimizer steps of the run.

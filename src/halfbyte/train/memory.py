@@ -123,7 +123,7 @@ def _setting(config: TrainConfig, *, rows: int, length: int, total_bytes: int | 
     return Setting(
         rows=rows,
         length=length,
-        memory=config.memory,
+        memory=config.activations,
         state_bits=state_bits,
         is_paged=is_paged,
         is_checkpointed=config.gradient_checkpointing,

@@ -125,7 +125,7 @@ def assemble(
     total_steps = config.total_steps(len(plan))
     if config.gradient_checkpointing:
         checkpoint_activations(model, config.gradient_checkpointing_kwargs)
-    memory = "lean" if config.gradient_checkpointing else config.memory
+    memory = "lean" if config.gradient_checkpointing else config.activations
     parts = LanguageModel.of(model, memory=memory)
     steps = Survivor(
         parts,
