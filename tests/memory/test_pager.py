@@ -146,10 +146,12 @@ def test_one_page_leaves_as_many_and_comes_back_as_one_after_steps_with_room(fak
             pager.settle()
             steps += 1
         steps_away.append(steps)
+        assert pager.has_come_back
         calls.clear()
         pager.visit(calls)
         assert calls == [(0, NUMEL)]
         pager.evict(WHOLE)
+    assert not pager.has_come_back
     assert steps_away == [8, 16]  # what had to leave again waits for longer
     assert is_right(pager, rounds=1 + 8 + 1 + 16 + 1)
 

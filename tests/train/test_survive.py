@@ -269,3 +269,19 @@ def test_a_setting_that_worked_is_kept(make_lora, batches, fake_pool, monkeypatc
     assert len(told) == 1
     assert steps.optimizer.resident_bytes == 0
     assert steps.max_tokens is not None
+
+
+def test_pages_that_came_back_leave_before_anything_else_is_given_up(
+    make_lora, batches, fake_pool, monkeypatch
+):
+    told, fault = [], Fault("loss", times=1)
+    steps = survivor(make_lora(), fake_pool, told)
+    steps.optimizer.evict()
+    for _ in range(8):
+        steps.optimizer.step(0.0)
+    assert steps.optimizer.has_come_back
+    monkeypatch.setattr(FusedBody, "stop_recording", lambda _: True)
+    pages = inject(fault, monkeypatch, steps.model, steps.optimizer)
+    do_steps(steps, batches, fault, pages)
+    (event,) = told
+    assert [measure.split()[0] for measure in event.measures] == ["moved"]

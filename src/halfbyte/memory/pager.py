@@ -75,6 +75,7 @@ class Pager:
         limit = paging.resident_bytes
         self._limit = sys.maxsize if limit is None else limit
         self._patience = Patience()
+        self.has_come_back = False  # pages are on the device that were away
         self._flight: _Flight | None = None
         self._next = 0  # where a visit that failed goes on
         self._pages = self._new_pages()
@@ -121,6 +122,7 @@ class Pager:
         if freed:
             self.pool.synchronize()
             self._patience.left()
+            self.has_come_back = False
         return freed
 
     def prefetch(self) -> None:
@@ -175,6 +177,7 @@ class Pager:
             whole = self._try_device(self._nbytes(self._numel))
             if whole is not None:
                 self._gather(whole)
+                self.has_come_back = True
                 return
         for page in self._away():
             room -= page.buffer.nbytes
@@ -183,6 +186,7 @@ class Pager:
                 break
             self.pool.fetch(page.buffer, buffer)
             page.buffer, page.is_resident = buffer, True
+            self.has_come_back = True
         self.pool.finish()
 
     def read(self, name: str, start: int, stop: int) -> Tensor:

@@ -222,6 +222,11 @@ class AdamW:
         """Bytes of state that is paged out to host memory."""
         return sum(moments.pager.host_bytes for moments in self._moments)
 
+    @property
+    def has_come_back(self) -> bool:
+        """Whether state is on a device again that had left it."""
+        return any(moments.pager.has_come_back for moments in self._moments)
+
     def evict(self, nbytes: int | None = None) -> int:
         """Page state out until `nbytes` of each device are free (None: all of it).
 

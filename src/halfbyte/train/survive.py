@@ -4,7 +4,7 @@ What is tried, each for good, until the step goes through:
 
     1. recorded CUDA graphs are dropped, whose memory nothing else can use
     2. cached memory in pieces is given back (fragmentation)
-    3. pages of optimizer state go to the host
+    3. pages of optimizer state go to the host (first of all, where they had come back from there)
     4. more of the forward is computed again in the backward: half as much is saved, then the least,
        with inputs of layers in host memory
     5. MLPs run over smaller and smaller tiles of tokens
@@ -137,8 +137,11 @@ class Survivor:
 
     def _make_room(self, shortage: Shortage, batches: Sequence[Batch]) -> str | None:
         """Give something up for memory and say what; None where there is nothing left."""
+        # What came back must not cost what there was room for while it was away.
+        came_back = self._evict(shortage) if self.optimizer.has_come_back else None
         return (
-            self._drop_graphs(shortage)
+            came_back
+            or self._drop_graphs(shortage)
             or self._defragment(shortage)
             or self._evict(shortage)
             or self._recompute(shortage)
