@@ -18,6 +18,16 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _threads(request):
+    """Tiny models run on one thread, for two would wait for each other; kernels run on all."""
+    before = torch.get_num_threads()
+    if not {"kernels", "engine"} & set(request.path.parts):
+        torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="session")
 def triton_device() -> torch.device:
     """Where Triton kernels run: the GPU, or the CPU through Triton's interpreter."""
