@@ -186,25 +186,20 @@ class WordEncoder:
 
     def _look_up(self, words: list[str]) -> IntArray:
         """Return the number of each word, after new ones have been tokenized."""
-        numbers = self._known(words)
-        new = {words[i] for i in np.flatnonzero(numbers < 0).tolist()}
-        if not new:
-            return numbers
+        distinct = set(words)  # looked up once: in so large a dictionary that is a cache miss
+        new = distinct.difference(self._numbers)
         if len(self._numbers) + len(new) > MAX_WORDS:
             self._forget()
-            new = set(words)
+            new = distinct
         self._learn(list(new))
-        return self._known(words)
-
-    def _known(self, words: list[str]) -> IntArray:
-        numbers = map(self._numbers.get, words, itertools.repeat(-1))
-        return np.fromiter(numbers, dtype=np.int64, count=len(words))
+        numbers = {word: self._numbers[word] for word in distinct}
+        return np.fromiter(map(numbers.__getitem__, words), dtype=np.int64, count=len(words))
 
     def _learn(self, words: list[str]) -> None:
         encoded = self._core.encode_batch_fast(words, add_special_tokens=False)
         found = [it.ids for it in encoded]
         self._numbers.update(zip(words, itertools.count(len(self._numbers))))
-        ends = self._edges[-1] + np.cumsum([len(ids) for ids in found])
+        ends = self._edges[-1] + np.cumsum([len(ids) for ids in found], dtype=np.int64)
         self._edges = np.concatenate([self._edges, ends])
         new = np.fromiter(itertools.chain.from_iterable(found), dtype=np.int32)
         self._ids = np.concatenate([self._ids, new])
