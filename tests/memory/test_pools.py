@@ -32,13 +32,18 @@ def test_streamed_pages_equal_resident_ones():
         Pager(numel, FIELDS, pool_for(device), paging=Paging(2**16, resident_bytes=limit))
         for limit in (None, 2**21, 0)
     ]
-    for _ in range(5):
+    whole, _, away = pagers
+    for step in range(8):
         for pager in pagers:
+            if step % 2:
+                pager.prefetch()
             pager.visit(update)
-    pagers[1].evict(2**20)
-    pagers[1].visit(update)
-    pagers[0].visit(update)
-    pagers[2].visit(update)
+            pager.settle()
+        if step == 3:
+            assert whole.evict(1) == 4 * numel
+            pagers[1].evict(2**20)
+        if step == 5:
+            whole.place("device")
     first, *others = (pager.read("moment", 0, numel).cpu() for pager in pagers)
     assert all(torch.equal(first, other) for other in others)
-    assert pagers[2].resident_bytes == 0
+    assert (whole.host_bytes, away.resident_bytes) == (0, 0)
