@@ -46,7 +46,7 @@ def test_product(shape, drops, kernels, triton_device, half_dtype):
     for factor in (lora_A.t(), lora_B):
         out = torch.full((rows, rank + 8), torch.nan, device=triton_device, dtype=half_dtype)
         scaled = kernels.rank_product_(out[:, :rank], x, factor, mask=mask, scaling=0.5)
-        assert _error(out[:, :rank], read @ factor.double()) < 2e-3
+        assert _error(out[:, :rank], read @ factor.double()) < 4e-3
         assert torch.equal(scaled, out[:, :rank] * 0.5)
         assert scaled.is_contiguous()
         assert out[:, rank:].isnan().all()
@@ -66,11 +66,11 @@ def test_gradient(shape, drops, kernels, triton_device, half_dtype):
     for target in (None, grad_x):
         grad = kernels.rank_gradient(gb, x, mask, lora_A, target)
         assert grad.dtype == torch.float32
-        assert _error(grad, gb.double().t() @ read) < 2e-3
+        assert _error(grad, gb.double().t() @ read) < 4e-3
     expected = before
     if mask is not None:
         expected = before + dropout(gb.double() @ lora_A.double(), mask)
-    assert _error(grad_x, expected) < 2e-3
+    assert _error(grad_x, expected) < 4e-3
 
 
 @pytest.mark.parametrize("drops", [True, False])
