@@ -30,7 +30,7 @@ from halfbyte.quant.linear import NF4Linear
 from halfbyte.train.loss import LanguageModel
 from halfbyte.train.step import train_step
 
-ROWS, LENGTH, STEPS = 4, 128, 50
+ROWS, LENGTH, STEPS = 4, 64, 50
 LEARNING_RATE, MAX_GRAD_NORM = 1e-3, 1.0
 SEVEN = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 LORA = {"r": 16, "lora_alpha": 32, "target_modules": SEVEN, "task_type": "CAUSAL_LM"}

@@ -106,8 +106,8 @@ def run_case(command: list[str], timeout_s: float) -> dict:
     start = time.perf_counter()
     with tempfile.TemporaryFile("w+") as said:
         process = subprocess.Popen(
-            [sys.executable, *command], cwd=HERE, stdout=subprocess.PIPE, stderr=said, text=True,
-            start_new_session=True,
+            [sys.executable, str(HERE / command[0]), *command[1:]], stdout=subprocess.PIPE,
+            stderr=said, text=True, start_new_session=True,
         )  # fmt: skip
         status = "ok"
         try:
@@ -124,7 +124,7 @@ def run_case(command: list[str], timeout_s: float) -> dict:
     if status == "ok" and process.returncode != 0:
         status = f"failed with exit code {process.returncode}"
     found = {
-        "command": shlex.join(["python", *command]), "status": status,
+        "command": shlex.join(["python", f"benchmarks/{command[0]}", *command[1:]]), "status": status,
         "seconds": round(time.perf_counter() - start, 1), "rows": json_rows(output),
     }  # fmt: skip
     return found if status == "ok" else found | {"said": words[-3:]}
