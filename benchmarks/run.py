@@ -124,7 +124,8 @@ def run_case(command: list[str], timeout_s: float) -> dict:
     if status == "ok" and process.returncode != 0:
         status = f"failed with exit code {process.returncode}"
     found = {
-        "command": shlex.join(["python", f"benchmarks/{command[0]}", *command[1:]]), "status": status,
+        "command": shlex.join(["python", f"benchmarks/{command[0]}", *command[1:]]),
+        "status": status,
         "seconds": round(time.perf_counter() - start, 1), "rows": json_rows(output),
     }  # fmt: skip
     return found if status == "ok" else found | {"said": words[-3:]}
