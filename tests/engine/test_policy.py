@@ -89,8 +89,8 @@ def test_lean_keeps_the_least_that_there_is():
 
 def test_tiles_are_smaller_than_the_whole_and_take_less():
     assert tiles(1000) == [0]
-    assert tiles(9000) == [0, 4096, 2048, 1024]
-    assert tiles(9000, max_tile=2048) == [2048, 1024]
-    assert tiles(4000, max_tile=8192) == [0, 1024]
+    assert tiles(9000) == [0, 4096, 2048, 1024, 512]
+    assert tiles(9000, max_tile=2048) == [2048, 1024, 512]
+    assert tiles(4000, max_tile=8192) == [0, 1024, 512]
     sizes = [working_bytes(SHAPE, 4096, 9000, 2, tile) for tile in tiles(9000)]
     assert sizes == sorted(sizes, reverse=True)

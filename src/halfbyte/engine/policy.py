@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from halfbyte.engine.block import BlockShape
 
 LEVELS = ("offload", "input", "attention", "all")
-TILES = (8192, 4096, 2048, 1024)
+TILES = (8192, 4096, 2048, 1024, 512)
 """Tokens of a tile, the largest first: smaller ones cost matrix products their speed."""
 _LOGIT_ROWS = 512
 # Inputs on the device while others are on the host: the one at work and the one on its way.
