@@ -1,5 +1,6 @@
 import copy
 from dataclasses import replace
+from math import nan
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from halfbyte.engine import policy
 from halfbyte.engine.attention import Layout
 from halfbyte.engine.body import FusedBody
 from halfbyte.engine.obstacle import obstacle
+from halfbyte.engine.offload import Offload
 from halfbyte.errors import ConfigError
 from halfbyte.kernels.rms_norm import Norm
 from halfbyte.quant.linear import NF4Linear
@@ -204,25 +206,51 @@ def test_weights_that_stay_change_no_gradient_of_any_step(memory):
             assert torch.equal(staying[name], gradient), name
 
 
-@pytest.mark.parametrize(
-    "lora", [{}, {"target_modules": ["v_proj", "up_proj"], "layers_to_transform": [1, 2]}]
-)
+class _LateOffload(Offload):
+    """Copies happen only when somebody waits for them, and memory that is let go is spoiled."""
+
+    def __init__(self):
+        super().__init__(torch.device("cpu"), piece_bytes=1000)
+        self.queue, self.done, self.sent = [], 0, []
+
+    def copy(self, x, pieces, *, is_leaving):
+        if is_leaving:
+            self.sent.append(x)
+        else:
+            x.fill_(nan)
+        self.queue.append(lambda: Offload.copy(self, x, pieces, is_leaving=is_leaving))
+        return len(self.queue)
+
+    def wait(self, event):
+        for queued in self.queue[self.done : event]:
+            queued()
+        self.done = max(self.done, event)
+        while self.sent:
+            self.sent.pop().fill_(nan)
+
+
+LORAS = [{}, {"target_modules": ["v_proj", "up_proj"], "layers_to_transform": [1, 2]}]
+
+
+@pytest.mark.parametrize("lora", LORAS)
 def test_inputs_that_leave_for_the_host_change_no_gradient(monkeypatch, lora):
-    """As on a GPU, where host and device are two memories."""
+    """As on a GPU, where host and device are two memories and copies take their time."""
     model = _model(lora_dropout=0.2, **lora).train()
     ids, weight = torch.randint(0, 96, (2, 17)), torch.randn(2, 17, 128)
     found = {}
-    for level in ("input", "offload"):
+    for levels in (["input"] * 3, ["offload"] * 3, ["offload", "offload", "attention"]):
         fused = FusedBody(model.get_base_model().model, memory="lean")
-        choice = policy.Choice([level, level, "input"])
+        fused._offload, choice = _LateOffload(), policy.Choice(levels)
         monkeypatch.setattr(fused, "choose", lambda *_, c=choice: c)
         for step in range(2):
             torch.manual_seed(step)
-            found[level, step] = _gradients(model, fused(ids)[0], weight)
-    for (level, step), grads in found.items():
-        assert grads.keys() == found["input", step].keys()
+            found[tuple(levels), step] = _gradients(model, fused(ids)[0], weight)
+        assert fused._offload.done == len(fused._offload.queue)
+    for (levels, step), grads in found.items():
+        right = found[("input",) * 3, step]
+        assert grads.keys() == right.keys()
         for name, gradient in grads.items():
-            assert torch.equal(gradient, found["input", step][name]), (level, name)
+            assert torch.equal(gradient, right[name]), (levels, name)
 
 
 def test_tiles_are_taken_where_memory_is_short():
