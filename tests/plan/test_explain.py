@@ -1,13 +1,28 @@
 import re
 
+import pytest
 import torch
+from transformers import LlamaConfig
 
+from halfbyte import LoraConfig, NF4Config
 from halfbyte.memory.shortage import Shortage
+from halfbyte.plan.blueprint import blueprint
 from halfbyte.plan.explain import by_owner, does_not_fit, gib
-from halfbyte.plan.predict import Setting
+from halfbyte.plan.predict import Planner, Setting
 
 GIB = 2**30
 CARD = int(7.99 * GIB)  # 8 GB, as the driver leaves it
+
+
+@pytest.fixture(scope="module")
+def small_model(config_folder):
+    config = LlamaConfig(
+        hidden_size=1024, intermediate_size=2816, num_hidden_layers=3, num_attention_heads=16,
+        num_key_value_heads=4, vocab_size=8192, dtype="bfloat16",
+        architectures=["LlamaForCausalLM"],
+    )  # fmt: skip
+    folder = config_folder(config)
+    return blueprint(folder, quant=NF4Config(), lora=LoraConfig(r=16), dtype=torch.bfloat16)
 
 
 def shortage(**settings):
@@ -31,10 +46,14 @@ def test_the_error_names_owners_free_bytes_and_three_changes(llama_8b_model):
     assert all(re.search(r"\(peak [67]\.\d\d GiB\)|a card of (?!8 )", text) for text in found)
 
 
-def test_where_others_use_the_card_the_changes_fit_beside_them(llama_8b_model):
-    squeezed = shortage(allocated_bytes=6 * GIB)  # the step would have fitted the whole card
-    hint = does_not_fit(squeezed, llama_8b_model, Setting(length=16384, total_bytes=CARD)).hint
-    assert re.match(r"max_length: \d+ \(peak [56]\.\d\d GiB\)", hint)
+def test_where_others_use_the_card_the_changes_fit_beside_them(small_model):
+    setting = Setting(length=65536, memory="lean", total_bytes=CARD)
+    assert Planner(small_model).predict(setting).fits
+    squeezed = shortage(allocated_bytes=GIB // 2, cached_bytes=0)  # others use the rest of it
+    hint = does_not_fit(squeezed, small_model, setting).hint
+    first, second, *_ = hint.split("; or ")
+    assert first.startswith("end what else uses the GPU (6.")
+    assert re.match(r"max_length: \d+ \(peak 0\.6\d GiB\)", second)
     assert "a card of 8 GB" not in hint
 
 

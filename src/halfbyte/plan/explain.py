@@ -1,6 +1,6 @@
 """Why a step does not fit, in words: the bytes by owner, and what to set otherwise."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
 from peft import PeftModel
@@ -8,11 +8,13 @@ from peft import PeftModel
 from halfbyte.errors import DeviceError, HalfbyteError
 from halfbyte.memory.shortage import Shortage
 from halfbyte.plan.cards import CONTEXT_BYTES
-from halfbyte.plan.changes import changes
+from halfbyte.plan.changes import Change, changes
 from halfbyte.plan.predict import Planner, Prediction, Setting
 
 # Of the memory, where a step that fits by the plan did not.
 _ERRING = 0.95
+_NUM_CHANGES = 3
+_MUCH = 2**30
 _GENERAL = "lower per_device_train_batch_size, max_length or r, or take a larger card"
 
 
@@ -33,6 +35,7 @@ def does_not_fit(shortage: Shortage, model: PeftModel, setting: Setting) -> Devi
         planner = Planner(model)
         prediction = _tried(planner, setting, shortage)
         found = changes(planner, prediction, card_bytes=shortage.total_bytes)
+        found = [*_without_others(planner, prediction, shortage), *found][:_NUM_CHANGES]
     except HalfbyteError:
         return DeviceError(f"a step does not fit: {shortage.reason}", hint=_GENERAL)
     hint = "; or ".join(f"{c.text} (peak {gib(c.peak_bytes)})" for c in found) or _GENERAL
@@ -51,14 +54,27 @@ def _tried(planner: Planner, setting: Setting, shortage: Shortage) -> Prediction
 
     Where the plan says that it fits, it errs by more than it leaves free: that much less is there.
     """
-    there = shortage.free_bytes + shortage.allocated_bytes + shortage.cached_bytes + CONTEXT_BYTES
-    total = min(there, shortage.total_bytes)
+    total = shortage.total_bytes - _others_bytes(shortage)
     last = replace(setting, memory="lean", is_checkpointed=True, total_bytes=total)
     prediction = planner.predict(last)
     while prediction.fits and total > CONTEXT_BYTES:
         total = int(_ERRING * total)
         prediction = planner.predict(replace(last, total_bytes=total))
     return prediction
+
+
+def _without_others(planner: Planner, tried: Prediction, shortage: Shortage) -> Iterator[Change]:
+    """Yield that the step would fit if it had the card for itself, where that is so."""
+    others = _others_bytes(shortage)
+    alone = planner.predict(replace(tried.setting, total_bytes=shortage.total_bytes))
+    if others > _MUCH and alone.fits:
+        yield Change(f"end what else uses the GPU ({gib(others)})", alone.peak.nbytes)
+
+
+def _others_bytes(shortage: Shortage) -> int:
+    """Return what other processes took of the device."""
+    there = shortage.free_bytes + shortage.allocated_bytes + shortage.cached_bytes + CONTEXT_BYTES
+    return max(shortage.total_bytes - there, 0)
 
 
 def by_owner(owners: Mapping[str, int]) -> str:
