@@ -8,6 +8,7 @@ import torch
 
 from halfbyte.device import (
     available_bytes,
+    container_bytes,
     compute_dtype,
     default_device,
     peak_bytes,
@@ -77,3 +78,13 @@ def test_available_bytes_of_a_gpu_stay_within_what_the_process_may_take(monkeypa
     for share, expected in ((1.0, 60), (0.5, 20), (0.2, 0)):
         monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda _, s=share: s)
         assert available_bytes("cuda") == expected
+
+
+def test_a_container_has_what_its_limit_leaves_beside_cached_files(tmp_path):
+    assert container_bytes(tmp_path) is None
+    (tmp_path / "memory.current").write_text("700\n")
+    (tmp_path / "memory.stat").write_text("anon 400\nactive_file 100\ninactive_file 50\n")
+    (tmp_path / "memory.max").write_text("max\n")
+    assert container_bytes(tmp_path) is None
+    (tmp_path / "memory.max").write_text("1000\n")
+    assert container_bytes(tmp_path) == 450

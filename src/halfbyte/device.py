@@ -77,8 +77,30 @@ def available_bytes(device: torch.device | str) -> int | None:
         lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
     except OSError:
         return None
-    found = [line.split()[1] for line in lines if line.startswith("MemAvailable:")]
-    return int(found[0]) * 1024 if found else None
+    found = [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")]
+    allowed = container_bytes()
+    return min([*found, *([] if allowed is None else [allowed])], default=None)
+
+
+def container_bytes(group: Path = Path("/sys/fs/cgroup")) -> int | None:
+    """Return what a container may still take of the machine's memory; None without a limit.
+
+    Args:
+        group: Where the kernel shows the process's control group (version 2).
+    """
+    try:
+        limit, used, stat = (
+            (group / name).read_text(encoding="ascii")
+            for name in ("memory.max", "memory.current", "memory.stat")
+        )
+    except OSError:
+        return None
+    if limit.strip() == "max":
+        return None
+    numbers = dict(line.split() for line in stat.splitlines())
+    # Cached files go when memory is wanted.
+    cached = int(numbers.get("inactive_file", 0)) + int(numbers.get("active_file", 0))
+    return max(int(limit) - int(used) + cached, 0)
 
 
 def peak_rss_bytes() -> int:
