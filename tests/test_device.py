@@ -8,8 +8,8 @@ import torch
 
 from halfbyte.device import (
     available_bytes,
-    container_bytes,
     compute_dtype,
+    container_bytes,
     default_device,
     peak_bytes,
     peak_rss_bytes,

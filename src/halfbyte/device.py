@@ -78,8 +78,8 @@ def available_bytes(device: torch.device | str) -> int | None:
     except OSError:
         return None
     found = [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")]
-    allowed = container_bytes()
-    return min([*found, *([] if allowed is None else [allowed])], default=None)
+    in_container = container_bytes()
+    return min([*found, *([] if in_container is None else [in_container])], default=None)
 
 
 def container_bytes(group: Path = Path("/sys/fs/cgroup")) -> int | None:
