@@ -7,7 +7,7 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from halfbyte.checkpoint.header import read_json
 from halfbyte.checkpoint.reader import CheckpointReader
@@ -131,7 +131,7 @@ def test_case_102_no_memory_for_the_model(base, monkeypatch):
     def fail(*_, **__):
         raise torch.OutOfMemoryError("tried to allocate 20.00 GiB")
 
-    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", fail)
+    monkeypatch.setattr(PreTrainedModel, "from_pretrained", fail)
     with pytest.raises(DeviceError, match=r"does not fit the memory of the device.*20\.00 GiB"):
         load(base)
 
