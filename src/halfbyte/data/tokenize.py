@@ -9,6 +9,7 @@ later and need no new tokens.
 """
 
 import contextlib
+import gc
 import hashlib
 import itertools
 import json
@@ -131,6 +132,16 @@ def tokenize_batch(
 
     A source row without tokens (it is broken, or teaches nothing) is one row of no tokens.
     """
+    with _collector_paused():
+        return _table(_columns(batch, indices, encoder, layout))
+
+
+def _columns(
+    batch: Mapping[str, Sequence[Any]],
+    indices: Sequence[int],
+    encoder: ChatEncoder,
+    layout: Layout,
+) -> dict[str, list[Any]]:
     rows = list(decode(batch, indices))
     examples = [_attempt(layout, row, where) for where, row in rows]
     readable = [
@@ -158,7 +169,7 @@ def tokenize_batch(
             columns["hint"].append(error and error.hint)
             columns["origin"].append(origin_of(row))
             columns["signature"].append(signature)
-    return _table(columns)
+    return columns
 
 
 def _table(columns: Mapping[str, list[Any]]) -> pyarrow.Table:
@@ -204,6 +215,18 @@ def tokenizer_key(tokenizer: PreTrainedTokenizerBase) -> str:
     }
     parts = [tokenizer.backend_tokenizer.to_str(), special]
     return hashlib.sha256(json.dumps(parts, default=str).encode()).hexdigest()
+
+
+@contextlib.contextmanager
+def _collector_paused() -> Iterator[None]:
+    """Pause the search for cycles: in a batch's many lists it finds none, in a sixth of the time."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 def _processes(num_rows: int) -> int | None:
