@@ -49,6 +49,7 @@ def test_product(shape, drops, kernels, triton_device, half_dtype):
         assert _error(out[:, :rank], read @ factor.double()) < 4e-3
         assert torch.equal(scaled, out[:, :rank] * 0.5)
         assert scaled.is_contiguous()
+        assert kernels.rank_product_(out[:, :rank], x, factor, mask=mask).shape == scaled.shape
         assert out[:, rank:].isnan().all()
 
 

@@ -20,19 +20,24 @@ from halfbyte.kernels.rms_norm import Factors
 
 @accelerated
 def rank_product_(
-    out: Tensor, x: Tensor, factor: Tensor, *, mask: Mask | None = None, scaling: float = 1.0
+    out: Tensor,
+    x: Tensor,
+    factor: Tensor,
+    *,
+    mask: Mask | None = None,
+    scaling: float | None = None,
 ) -> Tensor:
-    """Write `x @ factor` into `out`; return the result times `scaling`, as a tensor of its own.
+    """Write `x @ factor` into `out`; return that times `scaling`, as a tensor of its own.
 
     Args:
         out: `[T, R]` in the dtype of x (rows may have a pitch).
         x: `[T, K]` (rows may have a pitch).
         factor: `[K, R]` (any strides).
         mask: Of the dropout of x, or None.
-        scaling: Of what is returned only.
+        scaling: Of what is returned only; None returns `out` itself.
     """
     out.copy_((x if mask is None else dropout(x, mask)) @ factor)
-    return out * scaling
+    return out if scaling is None else out * scaling
 
 
 @accelerated

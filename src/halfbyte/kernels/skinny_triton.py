@@ -60,7 +60,7 @@ def _product_kernel(
 @triton.jit(do_not_specialize=["elements", "splits"])
 def _sum_kernel(
     partial_ptr, out_ptr, scaled_ptr, stride_out, elements, splits, scale, scaling,
-    R: tl.constexpr, BLOCK: tl.constexpr,
+    R: tl.constexpr, SCALES: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = offs < elements
@@ -69,8 +69,9 @@ def _sum_kernel(
         total += tl.load(partial_ptr + tl.cast(split, tl.int64) * elements + offs, mask=mask)
     rounded = (total * scale).to(out_ptr.dtype.element_ty)
     tl.store(out_ptr + offs // R * stride_out + offs % R, rounded, mask=mask)
-    scaled = (rounded.to(tl.float32) * scaling).to(out_ptr.dtype.element_ty)
-    tl.store(scaled_ptr + offs, scaled, mask=mask)
+    if SCALES:
+        scaled = (rounded.to(tl.float32) * scaling).to(out_ptr.dtype.element_ty)
+        tl.store(scaled_ptr + offs, scaled, mask=mask)
 
 
 @triton.jit(do_not_specialize=["salt", "threshold", "T", "T_split"])
@@ -150,17 +151,22 @@ def mask_arguments(mask: Mask | None, like: Tensor) -> tuple[Tensor, int, int]:
 
 
 def rank_product_(
-    out: Tensor, x: Tensor, factor: Tensor, *, mask: Mask | None = None, scaling: float = 1.0
+    out: Tensor,
+    x: Tensor,
+    factor: Tensor,
+    *,
+    mask: Mask | None = None,
+    scaling: float | None = None,
 ) -> Tensor:
     (T, K), R = x.shape, factor.shape[1]
+    uses_cublas = mask is None and not _WITHOUT_DROPOUT["product"]
+    if uses_cublas or not T or not R:
+        torch.mm(x, factor, out=out)
+        return out if scaling is None else out * scaling
     if R > MAX_RANKS:
         parts = zip(out.split(MAX_RANKS, 1), factor.split(MAX_RANKS, 1), strict=True)
-        return torch.cat([rank_product_(o, x, f, mask=mask, scaling=scaling) for o, f in parts], 1)
-    if mask is None and not _WITHOUT_DROPOUT["product"]:
-        torch.mm(x, factor, out=out)
-        return out * scaling
-    if not T or not R:
-        return out * scaling
+        scaled = [rank_product_(o, x, f, mask=mask, scaling=scaling) for o, f in parts]
+        return out if scaling is None else torch.cat(scaled, 1)
     block_t, block_k, warps, stages = _PRODUCT_TILES[mask is not None]
     splits, each = splits_of(triton.cdiv(K, block_k), triton.cdiv(T, block_t))
     partial = torch.empty(splits, T, R, dtype=torch.float32, device=x.device)
@@ -172,13 +178,15 @@ def rank_product_(
     return add_splits(partial, out, mask, scaling)
 
 
-def add_splits(partial: Tensor, out: Tensor, mask: Mask | None, scaling: float) -> Tensor:
+def add_splits(partial: Tensor, out: Tensor, mask: Mask | None, scaling: float | None) -> Tensor:
     """Write the sum over splits `[splits, T, R]` into `out` `[T, R]`; return it scaled."""
     splits, T, R = partial.shape
-    scaled = torch.empty(T, R, dtype=out.dtype, device=out.device)
+    scaled = out
+    if scaling is not None:
+        scaled = torch.empty(T, R, dtype=out.dtype, device=out.device)
     _sum_kernel[(triton.cdiv(T * R, 1024),)](
-        partial, out, scaled, out.stride(0), T * R, splits, mask.scale if mask else 1.0, scaling,
-        R=R, BLOCK=1024,
+        partial, out, scaled, out.stride(0), T * R, splits, mask.scale if mask else 1.0,
+        1.0 if scaling is None else scaling, R=R, SCALES=scaling is not None, BLOCK=1024,
     )  # fmt: skip
     return scaled
 
