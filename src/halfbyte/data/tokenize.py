@@ -219,7 +219,7 @@ def tokenizer_key(tokenizer: PreTrainedTokenizerBase) -> str:
 
 @contextlib.contextmanager
 def _collector_paused() -> Iterator[None]:
-    """Pause the search for cycles: in a batch's many lists it finds none, in a sixth of the time."""
+    """Pause the search for cycles: in the lists of a batch it finds none, for a sixth of the time."""
     was_enabled = gc.isenabled()
     gc.disable()
     try:
