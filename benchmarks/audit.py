@@ -13,7 +13,6 @@ import os
 import resource
 import tempfile
 import threading
-import time
 from pathlib import Path
 
 from halfbyte.data.audit import audit

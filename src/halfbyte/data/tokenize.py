@@ -219,7 +219,7 @@ def tokenizer_key(tokenizer: PreTrainedTokenizerBase) -> str:
 
 @contextlib.contextmanager
 def _collector_paused() -> Iterator[None]:
-    """Pause the search for cycles: in the lists of a batch it finds none, for a sixth of the time."""
+    """Pause the search for cycles: a batch has none, and a sixth of the time went there."""
     was_enabled = gc.isenabled()
     gc.disable()
     try:
