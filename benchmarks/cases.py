@@ -74,6 +74,7 @@ _GPU = {
         ("checkpoint", "bitsandbytes"),
     ),
     "kernels": ("kernels", "kernels_gpu.py", ()),
+    "step-profile": ("kernels", "step_profile.py --shape 4x2048", ()),
     "load-warm": ("loading", "load_speed.py --model {checkpoint}", ("checkpoint",)),
     "compile": ("compiling", "compile_time.py", ()),
     "loss-curve": (

@@ -10,6 +10,8 @@ import argparse
 import json
 from pathlib import Path
 
+import step_profile
+
 BEGIN, END = "<!-- benchmarks -->", "<!-- /benchmarks -->"
 NAMES = {"default": "default", "plain": "plain checkpointing", "off": "no checkpointing"}
 PEERS = {
@@ -106,6 +108,11 @@ def kernel_table(cases: dict) -> str:
         of_limit = f"{100 * row['of_limit']:.0f} %"
         body.append([row["kernel"], row["shape"], f"{row['us']:,}", rate, of_limit, twin])
     return grid(["kernel", "shape", "us", "rate", "of limit", "peer, us"], body) if body else ""
+
+
+def profile_table(cases: dict) -> str:
+    rows = [row for row in rows_of(cases, "kernels") if "kinds" in row]
+    return "\n\n".join(step_profile.table(row) for row in rows)
 
 
 def cpu_kernel_table(cases: dict) -> str:

@@ -93,6 +93,28 @@ def test_the_table_goes_between_its_marks(load):
         replaced("nothing", "new\n")
 
 
+def test_a_profile_is_told_by_kinds_against_their_limits(load):
+    profile = load("step_profile")
+    model = profile.Model()
+    assert model.linear_parameters == 6_979_321_856  # Llama-3-8B without embeddings and head
+    assert model.adapter_parameters == 41_943_040
+    kernels = [
+        {"kernel": "nvjet_sm90_tst_256x128_64x4_1x2_h_bz_coopA_NNT", "ms": 300.0},
+        {"kernel": "nvjet_sm90_tst_16x64_64x16_1x2_h_bz_TNN", "ms": 4.0},
+        {"kernel": "_gated_backward_kernel", "ms": 20.0},
+        {"kernel": "_rms_norm_backward_kernel", "ms": 6.0},
+        {"kernel": "_rope_kernel", "ms": 2.0},
+    ]
+    found = profile.analysis(kernels, 400.0, profile.work(model, 4, 2048), profile.RATES)
+    shares = {row["kind"]: row["percent"] for row in found["kinds"]}
+    assert shares == {
+        "products": 75.0, "SwiGLU": 5.0, "RMSNorm": 1.5, "LoRA's own products": 1.0, "RoPE": 0.5,
+    }  # fmt: skip
+    assert found["no_kernel_ms"] == 68.0
+    assert found["floor_ms"] == pytest.approx(373, abs=1)
+    assert "| SwiGLU | 20.0 | 5.0 % |" in profile.table(found)
+
+
 def test_our_losses_are_those_of_the_peer_on_a_tiny_model(load, capsys):
     pytest.importorskip("bitsandbytes")
     curve = load("loss_curve")
