@@ -6,7 +6,7 @@ import torch
 from halfbyte.kernels import dropout
 from halfbyte.kernels.dropout import Mask, kept
 
-ROWS, COLUMNS = 512, 1024
+ROWS, COLUMNS = 256, 1024
 
 
 def _seed(seed, first_row=0):
@@ -37,7 +37,7 @@ def test_no_two_places_are_correlated_at_any_distance():
     spectrum = torch.fft.fft2(z).abs().square()
     products = torch.fft.ifft2(spectrum).real / math.sqrt(z.numel())
     products[0, 0] = 0
-    assert products.abs().max() < 6  # of half a million distances; 5.0 is expected
+    assert products.abs().max() < 6  # of 262,144 distances; 4.8 is expected
     assert products.std().item() == pytest.approx(1, abs=0.02)
 
 
