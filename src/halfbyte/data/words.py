@@ -43,8 +43,7 @@ _CASES = [
 ]
 # Whitespace, without which spaces would not begin a match.
 _SPACES = frozenset({r"\s*[\r\n]+", r"\s+(?!\S)", r"\s+"})
-# The alternatives of the families' expressions: Llama 3 and 4, Qwen 2 to 3.5, GPT-4 and gpt-oss,
-# OLMo 2, SmolLM 3, Mistral NeMo.
+# The alternatives of the families' expressions: Llama 3, Qwen 2 to 3.5, gpt-oss, Mistral NeMo.
 _SAFE = _SPACES | {
     _ENDINGS,
     r"[^\r\n\p{L}\p{N}]?\p{L}+",
