@@ -27,7 +27,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from halfbyte.checkpoint.publish import verify
 from halfbyte.train.config import TrainConfig
-from halfbyte.train.directory import checkpoints
+from halfbyte.train.directory import METRICS_FILE, checkpoints
 from halfbyte.train.loop import train
 
 STEPS = 8
@@ -76,6 +76,25 @@ def start(out):
     os._exit(0)
 
 
+def wait(child, out, dice, seconds):
+    """Wait a random while: from the start of the process, or from the first thing that it logs."""
+    if dice.random() < 0.5:
+        time.sleep(dice.uniform(0, seconds * 1.1))
+        return
+    before = size_of(out / METRICS_FILE)
+    while size_of(out / METRICS_FILE) == before and not has_ended(child):
+        time.sleep(0.002)
+    time.sleep(dice.uniform(0, seconds / 2))
+
+
+def size_of(path):
+    return path.stat().st_size if path.exists() else 0
+
+
+def has_ended(child):
+    return os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+
+
 def adapter(out):
     return (out / "adapter_model.safetensors").read_bytes()
 
@@ -92,7 +111,7 @@ def main(folder, kills, seed, number):
         out = folder / "run"
         while True:
             child = start(out)
-            time.sleep(dice.uniform(0, seconds * 1.1))
+            wait(child, out, dice, seconds)
             os.kill(child, number)  # a child that ended is a zombie still: this is no error
             code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
             for _, path in checkpoints(out):

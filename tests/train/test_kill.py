@@ -29,7 +29,7 @@ def kill(folder, kills, number, timeout):
 
 
 def test_case_70_a_handful_of_kills(tmp_path):
-    kill(tmp_path, 2, "SIGKILL", timeout=120)
+    kill(tmp_path, 2, "SIGKILL", timeout=280)
 
 
 @pytest.mark.slow
