@@ -45,6 +45,8 @@ BOMBS = [
     BIG + "{{ ([a] * 10000) | join }}",
     "{% for i in range(99999) %}{{ messages[0].content * 1000 }}{% endfor %}",
     "{% for i in range(99999) %}" + "static text" * 100 + "{% endfor %}",
+    "{% set a %}{% for i in range(99) %}" + "x" * 100_000 + "{% endfor %}{% endset %}",
+    "{% filter upper %}{% for i in range(99) %}" + "x" * 100_000 + "{% endfor %}{% endfilter %}",
     "{{ " + "(" * 5000 + "1" + ")" * 5000 + " }}",
     "x" * (1 << 20) + "x",
 ]

@@ -206,11 +206,22 @@ def _check_arguments(name: str, values: Sequence[Any]) -> None:
         raise TemplateLimitError(f"it makes a value of more than {MAX_SIZE:,} characters")
 
 
+_KEEPING = (nodes.Macro, nodes.CallBlock, nodes.FilterBlock, nodes.AssignBlock)
+
+
 class _Limits(NodeTransformer):
     """Puts the counting and weighing into a template's syntax tree."""
 
     def __init__(self, environment: jinja2.Environment) -> None:
         self.environment = environment
+        self._blocks = 0  # around the node, those that keep what is written in them
+
+    def generic_visit(self, node: nodes.Node, *args: Any, **kwargs: Any) -> nodes.Node:
+        """Visit what is in a node."""
+        self._blocks += isinstance(node, _KEEPING)
+        super().generic_visit(node, *args, **kwargs)
+        self._blocks -= isinstance(node, _KEEPING)
+        return node
 
     def _counted(self, node: Any) -> nodes.Node:
         self.generic_visit(node)
@@ -220,11 +231,11 @@ class _Limits(NodeTransformer):
     visit_For = visit_Macro = visit_CallBlock = _counted
 
     def visit_Output(self, node: nodes.Output) -> nodes.Node:  # noqa: N802
-        """Weigh what is written, the template's own text aside."""
+        """Weigh what is written; `render` does it for the template's own text, outside blocks."""
         self.generic_visit(node)
+        plain = () if self._blocks else nodes.TemplateData
         node.nodes = [
-            part if isinstance(part, nodes.TemplateData) else self._call("written", part)
-            for part in node.nodes
+            part if isinstance(part, plain) else self._call("written", part) for part in node.nodes
         ]
         return node
 
