@@ -1,3 +1,4 @@
+import contextlib
 import copy
 from dataclasses import replace
 from math import nan
@@ -9,6 +10,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2
 
 from halfbyte.engine import policy
 from halfbyte.engine.attention import Layout
+from halfbyte.engine.attention import attention as plain_attention
 from halfbyte.engine.body import FusedBody
 from halfbyte.engine.obstacle import obstacle
 from halfbyte.engine.offload import Offload
@@ -265,3 +267,25 @@ def test_tiles_are_taken_where_memory_is_short():
     assert smaller.choose(tokens, 2, 10**9).tile == 2048
     assert smaller.smaller_tile(tokens) == 1024
     assert smaller.smaller_tile(512) is None
+
+
+def test_attention_is_computed_again_by_the_backend_that_computed_it(monkeypatch):
+    """Another backend saves other tensors, which checkpointing refuses."""
+    inside, calls = [], []
+
+    @contextlib.contextmanager
+    def preference():
+        inside.append(True)
+        yield
+        inside.pop()
+
+    def attention(*arguments):
+        calls.append(bool(inside))
+        return plain_attention(*arguments)
+
+    monkeypatch.setattr("halfbyte.engine.body.backends", preference)
+    monkeypatch.setattr("halfbyte.engine.layer.backends", preference)
+    monkeypatch.setattr("halfbyte.engine.layer.attention", attention)
+    body = _model().get_base_model().model
+    FusedBody(body, memory="lean")(torch.randint(0, 96, (1, 9)))[0].sum().backward()
+    assert calls == [True] * 6  # three layers, twice

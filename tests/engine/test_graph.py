@@ -87,3 +87,22 @@ def test_replayed_steps_equal_plain_ones():
         (expected * expected).sum().backward()
         torch.testing.assert_close(out, expected)
         torch.testing.assert_close(actual, weight.grad)
+        del out, expected  # as a step does: nodes of an older graph would spoil a recording
+    assert len(graphs._recorded) == 2
+
+
+@pytest.mark.gpu
+def test_a_recording_that_breaks_off_costs_nothing_else():
+    graphs, _, run = _graphs("cuda")
+
+    def waits(*inputs):
+        out = run(*inputs)
+        torch.cuda.current_stream().synchronize()  # no recording allows it
+        return out
+
+    for step in range(3):
+        inputs = _inputs("cuda", 4, step)
+        out = graphs(waits, *inputs, Layout(1, 4), None)
+        torch.testing.assert_close(out, run(*inputs, Layout(1, 4), None))
+        torch.randn(4, device="cuda")
+    assert graphs.is_stopped

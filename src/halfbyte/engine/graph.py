@@ -108,6 +108,7 @@ class Graphs:
                 # Above all for want of memory: a recording holds its own. A step needs none.
                 _log.warning("no CUDA graphs from here on: %s", str(error).partition("\n")[0])
                 self.stop()
+                _free_generator(x.device)
                 return run(x, cos, sin, layout, seed)
         recorded = self._recorded[size]
         sources = [x, cos, sin]
@@ -172,6 +173,12 @@ class Graphs:
         with torch.cuda.graph(backward, pool=self._pool, capture_error_mode=_MODE):
             accumulate(output, self.parameters, grad_output)
         return _Recorded(tuple(inputs), output.detach(), grad_output, forward, backward)
+
+
+def _free_generator(device: torch.device) -> None:
+    """Let random numbers be drawn again: a recording that broke off leaves them recording."""
+    generator = torch.cuda.default_generators[device.index]
+    generator.graphsafe_set_state(generator.clone_state())
 
 
 def _has_room(device: torch.device) -> bool:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from halfbyte.engine.attention import Layout, attention
+from halfbyte.engine.attention import Layout, attention, backends
 from halfbyte.engine.block import (
     BlockShape,
     IntoAttention,
@@ -168,10 +168,12 @@ class FusedLayer:
 
 @contextlib.contextmanager
 def _again(keep: Keep) -> Iterator[None]:
-    """Say that a forward runs only for what it saves."""
+    """Say that a forward runs only for what it saves, with the attention that it had before."""
     keep.is_again = True
     try:
-        yield
+        # The backward runs outside of the context that the body's forward had entered.
+        with backends():
+            yield
     finally:
         keep.is_again = False
 

@@ -14,7 +14,7 @@ from halfbyte.kernels.skinny import product_float32
 
 # (tokens, columns, warps, stages) of a tile, and programs wanted; [with dropout, without].
 _PRODUCT_TILES = {True: (64, 64, 4, 4), False: (64, 128, 4, 4)}
-_GRADIENT_TILES = {True: (32, 64, 4, 3), False: (64, 64, 4, 3)}
+_GRADIENT_TILES = {True: (32, 64, 4, 3), False: (32, 64, 4, 3)}
 _PROGRAMS = 528
 # Where nothing is dropped cuBLAS can serve, too.
 _WITHOUT_DROPOUT = {"product": False, "gradient": False}

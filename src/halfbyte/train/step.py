@@ -114,6 +114,8 @@ def compute_gradients(
         loss = loss / max(supervised, 1)
         loss.backward()
         losses.append(loss.detach())
+        # Its graph ends here: the next may be recorded, which nodes of an older one would spoil.
+        del loss
     optimizer.prefetch()  # beside the norm, and while the host waits for it
     norm = optimizer.grad_norm()
     *values, grad_norm = torch.stack(
