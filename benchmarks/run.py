@@ -126,7 +126,7 @@ def run_case(command: list[str], timeout_s: float) -> dict:
     found = {
         "command": shlex.join(["python", f"benchmarks/{command[0]}", *command[1:]]),
         "status": status,
-        "seconds": round(time.perf_counter() - start, 1), "rows": json_rows(output),
+        "seconds": round(time.perf_counter() - start, 2), "rows": json_rows(output),
     }  # fmt: skip
     return found if status == "ok" else found | {"said": words[-3:]}
 

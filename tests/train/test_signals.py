@@ -100,6 +100,19 @@ def config_for(out, **changes):
     )
 
 
+@pytest.fixture(autouse=True)
+def heeded():
+    """No signal is ignored; a shell's job in the background begins with SIGINT ignored."""
+    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
+    before = {number: signal.getsignal(number) for number in numbers}
+    for number in numbers:
+        is_key = number == signal.SIGINT
+        signal.signal(number, signal.default_int_handler if is_key else signal.SIG_DFL)
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP])
 def test_signal_finishes_the_step_saves_and_says_so(
     number, tmp_path, make_lora, tokenizer, rows_of
