@@ -269,6 +269,15 @@ def test_tiles_are_taken_where_memory_is_short():
     assert smaller.smaller_tile(512) is None
 
 
+def test_a_trained_final_norm_is_not_recorded():
+    body = _model().get_base_model().model
+    assert not FusedBody(body)._graphs.is_stopped
+    body.norm.weight.requires_grad_()
+    fused = FusedBody(body)
+    assert fused._graphs.is_stopped
+    assert fused.with_memory("lean")._graphs.is_stopped
+
+
 def test_attention_is_computed_again_by_the_backend_that_computed_it(monkeypatch):
     """Another backend saves other tensors, which checkpointing refuses."""
     inside, calls = [], []

@@ -100,9 +100,11 @@ def test_a_recording_that_breaks_off_costs_nothing_else():
         torch.cuda.current_stream().synchronize()  # no recording allows it
         return out
 
+    stream = torch.cuda.current_stream()
     for step in range(3):
         inputs = _inputs("cuda", 4, step)
         out = graphs(waits, *inputs, Layout(1, 4), None)
         torch.testing.assert_close(out, run(*inputs, Layout(1, 4), None))
         torch.randn(4, device="cuda")
+        assert torch.cuda.current_stream() == stream
     assert graphs.is_stopped

@@ -63,6 +63,8 @@ class FusedBody:
         self._num_staying = len(self.layers)
         adapters = [t for layer in self.layers for t in layer.adapters if t.requires_grad]
         self._graphs = Graphs(adapters, is_thrifty=memory == "lean")
+        # Recorded backwards add the gradients of adapters only.
+        self._graphs.is_stopped = any(p.requires_grad for p in model.norm.parameters())
         self._offload: Offload | None = None
         self._has_warned = False
 

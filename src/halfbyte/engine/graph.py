@@ -96,19 +96,23 @@ class Graphs:
         held: whoever owns these graphs would then live as long as the garbage collector sleeps.
         """
         size = _Size.of(x.shape[0], layout, seed)
-        if size is None or not self._is_possible(x):
+        if size is None or not self._is_possible(x, size):
             return run(x, cos, sin, layout, seed)
         if size not in self._recorded:
             if size not in self._seen or len(self._recorded) == _MAX_GRAPHS:
                 self._seen.add(size)
                 return run(x, cos, sin, layout, seed)
+            reason, stream = None, torch.cuda.current_stream(x.device)
             try:
                 self._recorded[size] = self._record(run, x, cos, sin, size, seed)
             except RuntimeError as error:
                 # Above all for want of memory: a recording holds its own. A step needs none.
-                _log.warning("no CUDA graphs from here on: %s", str(error).partition("\n")[0])
-                self.stop()
-                _free_generator(x.device)
+                reason = str(error).partition("\n")[0]
+            if (
+                reason is not None
+            ):  # out here the traceback is gone, and with it what the recording had made
+                _log.warning("no CUDA graphs from here on: %s", reason)
+                self._give_up(stream)
                 return run(x, cos, sin, layout, seed)
         recorded = self._recorded[size]
         sources = [x, cos, sin]
@@ -135,13 +139,30 @@ class Graphs:
         self.is_stopped = True
         return had_any
 
-    def _is_possible(self, x: Tensor) -> bool:
+    def _give_up(self, stream: torch.cuda.Stream) -> None:
+        """Drop all graphs, and put right what a recording that broke off leaves behind.
+
+        Where CUDA refuses to end it, torch stays on its stream, goes on allocating to its pool and
+        keeps random numbers recording.
+        """
+        torch.cuda.set_stream(stream)
+        index, pool = stream.device.index, self._pool
+        self.stop()
+        with contextlib.suppress(RuntimeError):  # raised where the recording did end
+            torch._C._cuda_endAllocateToPool(index, pool)  # type: ignore[attr-defined]
+            torch._C._cuda_releasePool(index, pool)  # type: ignore[attr-defined]
+        generator = torch.cuda.default_generators[index]
+        generator.graphsafe_set_state(generator.clone_state())
+        torch.cuda.empty_cache()
+
+    def _is_possible(self, x: Tensor, size: _Size) -> bool:
         return (
             x.is_cuda
             and not self.is_stopped
-            and x.shape[0] <= self._max_tokens(x.device)
+            and (size in self._recorded or x.shape[0] <= self._max_tokens(x.device))
             and torch.is_grad_enabled()
             and not x.requires_grad
+            and bool(self.parameters)
             and all(p.grad is not None for p in self.parameters)
         )
 
@@ -173,12 +194,6 @@ class Graphs:
         with torch.cuda.graph(backward, pool=self._pool, capture_error_mode=_MODE):
             accumulate(output, self.parameters, grad_output)
         return _Recorded(tuple(inputs), output.detach(), grad_output, forward, backward)
-
-
-def _free_generator(device: torch.device) -> None:
-    """Let random numbers be drawn again: a recording that broke off leaves them recording."""
-    generator = torch.cuda.default_generators[device.index]
-    generator.graphsafe_set_state(generator.clone_state())
 
 
 def _has_room(device: torch.device) -> bool:

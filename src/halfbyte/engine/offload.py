@@ -57,7 +57,7 @@ class Offload:
 
         Not to be called inside of a capture, which must not wait for what is outside of it.
         """
-        if self._arriving and self._stream is not None:
+        if self._stream is not None:
             torch.cuda.current_stream(self._stream.device).wait_stream(self._stream)
         self._arriving.clear()
 
@@ -149,6 +149,7 @@ class Away:
         self._shape, self._requires_grad = x.shape, x.requires_grad
         self._dtype, self._device = x.dtype, x.device
         self._x: Tensor | None = x
+        self._pieces: list[Tensor] = []
         self._pieces = offload.pieces(x.nbytes)
         self._event = offload.copy(x.detach(), self._pieces, is_leaving=True)
         self._has_left = False
