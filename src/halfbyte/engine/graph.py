@@ -108,9 +108,8 @@ class Graphs:
             except RuntimeError as error:
                 # Above all for want of memory: a recording holds its own. A step needs none.
                 reason = str(error).partition("\n")[0]
-            if (
-                reason is not None
-            ):  # out here the traceback is gone, and with it what the recording had made
+            if reason is not None:
+                # Out here the traceback is gone, and with it what the recording had made.
                 _log.warning("no CUDA graphs from here on: %s", reason)
                 self._give_up(stream)
                 return run(x, cos, sin, layout, seed)
