@@ -82,6 +82,17 @@ def available_bytes(device: torch.device | str) -> int | None:
     return min([*found, *([] if in_container is None else [in_container])], default=None)
 
 
+def tensor_bytes(device: torch.device | str) -> int | None:
+    """Return the bytes that tensors may still take on `device`: those that can be had, and on CUDA
+    those that the allocator holds and nothing uses. None where the system does not say.
+    """
+    device = torch.device(device)
+    available = available_bytes(device)
+    if available is None or device.type != "cuda":
+        return available
+    return available + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+
+
 def container_bytes(group: Path = Path("/sys/fs/cgroup")) -> int | None:
     """Return what a container may still take of the machine's memory; None without a limit.
 

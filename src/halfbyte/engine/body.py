@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from halfbyte.device import available_bytes
+from halfbyte.device import available_bytes, tensor_bytes
 from halfbyte.engine import policy
 from halfbyte.engine.angles import Angles
 from halfbyte.engine.attention import Layout, backends
@@ -194,7 +194,9 @@ class FusedBody:
         return -(-num_tokens // unit) * unit, torch.is_grad_enabled()
 
     def _plan(self, x: Tensor) -> policy.Choice:
-        free = _free_bytes(x.device) + self._staying_bytes()
+        # On a CPU there is no telling: it plans as if there were no end.
+        free = (tensor_bytes(x.device) or 0) if x.is_cuda else 1 << 62
+        free += self._staying_bytes()
         # On a CPU the host is the device: nothing is gained by moving.
         host = available_bytes("cpu") if x.is_cuda else 0
         if host is not None and self._offload is not None:
@@ -268,14 +270,6 @@ class FusedBody:
     def _staying_bytes(self) -> int:
         matrices = (s.stay.matrix for layer in self.layers for s in layer.all_siblings)
         return sum(m.nbytes for m in matrices if m is not None)
-
-
-def _free_bytes(device: torch.device) -> int:
-    """Return the bytes that tensors may still take, those cached by the allocator included."""
-    if device.type != "cuda":
-        return 1 << 62
-    free = available_bytes(device) or 0
-    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
 
 
 def layer_kind(weight: Tensor) -> type[FusedLayer] | None:

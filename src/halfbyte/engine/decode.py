@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from halfbyte.device import tensor_bytes
 from halfbyte.engine import obstacle as engine_obstacle
 from halfbyte.engine.decode_step import DecodeStep
 from halfbyte.engine.families import parts_of
@@ -65,9 +66,7 @@ def cache_fits(model: nn.Module, batch: int, length: int) -> bool:
         return True
     heads = config.num_key_value_heads * int(body.layers[0].self_attn.head_dim)
     needed = 2 * len(body.layers) * batch * length * heads * weight.element_size()
-    free, _ = torch.cuda.mem_get_info(weight.device)
-    free += torch.cuda.memory_reserved(weight.device) - torch.cuda.memory_allocated(weight.device)
-    return needed < _SHARE_OF_FREE_MEMORY * free
+    return needed < _SHARE_OF_FREE_MEMORY * (tensor_bytes(weight.device) or 0)
 
 
 class Decoder:
