@@ -1,6 +1,6 @@
 """Large models on a card held to less memory: do they train, how fast, and up to which length.
 
-    python benchmarks/large_models.py --out large.json [--only llama65b]
+    python benchmarks/large_models.py --out large.json [--only llama65b] [--longest 50000]
 
 The cap is hard: the allocator may take the card's size less CUDA's context, and not a byte more.
 Weights are random and in 4 bits; rank 64 on all linear layers for 33B and more, as in the QLoRA
@@ -68,14 +68,16 @@ def longest(survivor: Survivor, vocabulary: int, guess: int) -> dict:
     for share in (1.0, 0.97, 0.94, 0.9, 0.85, 0.8):
         length = int(guess * share) // 32 * 32
         try:
-            return {"planned": guess, "refused": refused, **steps(survivor, vocabulary, length, 1)}
+            return {"refused": refused, **steps(survivor, vocabulary, length, 1)}
         except DeviceError as error:
             refused.append({"length": length, "why": error.message[:160]})
             release()
-    return {"planned": guess, "refused": refused}
+    return {"refused": refused}
 
 
-def measure(shape: str, rank: int, gib: int, length: int, peers: int | None) -> dict:
+def measure(
+    shape: str, rank: int, gib: int, length: int, peers: int | None, *, longest_tokens: int | None
+) -> dict:
     release()
     allowed = cap(gib)
     start = time.perf_counter()
@@ -102,7 +104,9 @@ def measure(shape: str, rank: int, gib: int, length: int, peers: int | None) -> 
     }  # fmt: skip
     try:
         found["timed"] = steps(survivor, vocabulary, length, 3)
-        found["longest"] = longest(survivor, vocabulary, guess) if guess else {"planned": 0}
+        found["longest_by_plan"] = guess
+        guess = min(guess, longest_tokens or guess)
+        found["longest"] = longest(survivor, vocabulary, guess) if guess else {}
     except DeviceError as error:
         found["error"] = error.message
     found["longest_of_peers"] = peers
@@ -115,17 +119,19 @@ def measure(shape: str, rank: int, gib: int, length: int, peers: int | None) -> 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--only", help="a shape")
+    parser.add_argument("--only", help="shapes, with commas between")
+    parser.add_argument("--longest", type=int, help="try no longer sequence: it takes minutes")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     results = []
+    machine = {"card": torch.cuda.get_device_name(), "torch": torch.__version__}
     for case in CASES:
-        if args.only in (None, case[0]):
-            results.append(measure(*case))
+        if args.only is None or case[0] in args.only.split(","):
+            results.append(measure(*case, longest_tokens=args.longest))
             print(json.dumps(results[-1]), flush=True)
-    if args.out:
-        machine = {"card": torch.cuda.get_device_name(), "torch": torch.__version__}
-        args.out.write_text(json.dumps({"machine": machine, "results": results}, indent=1) + "\n")
+        if args.out:
+            found = {"machine": machine, "results": results}
+            args.out.write_text(json.dumps(found, indent=1) + "\n")
 
 
 if __name__ == "__main__":

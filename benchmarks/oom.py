@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from random_model import batch, random_model, release
 
+from halfbyte.engine import body
 from halfbyte.engine.layer import FusedLayer
 from halfbyte.errors import DeviceError
 from halfbyte.optim import adamw
@@ -60,9 +61,8 @@ def hooked(model, optimizer, fault: Fault) -> list:
     names = {id(layers[0]): "first", id(layers[len(layers) // 2]): "middle"}
     names[id(layers[-1])] = "last"
     run, head, update = FusedLayer.run, loss_module.linear_cross_entropy, adamw.adamw_step_
-    norm = optimizer.grad_norm
+    norm, final_norm = optimizer.grad_norm, body.final_norm
     base.model.embed_tokens.register_forward_hook(lambda *_: fault("embedding"))
-    base.model.norm.register_forward_hook(lambda *_: fault("norm"))
 
     def layer_run(self, x, *args):
         which = names.get(id(self.layer), "")
@@ -71,6 +71,10 @@ def hooked(model, optimizer, fault: Fault) -> list:
         if y.requires_grad:
             y.register_hook(lambda _: fault(f"{which} layer backward"))
         return y
+
+    def last_norm(*args):
+        fault("norm")
+        return final_norm(*args)
 
     def cross_entropy(*args, **kwargs):
         fault("loss")
@@ -85,10 +89,11 @@ def hooked(model, optimizer, fault: Fault) -> list:
         update(*args, **kwargs)
 
     FusedLayer.run, loss_module.linear_cross_entropy = layer_run, cross_entropy
+    body.final_norm = last_norm
     adamw.adamw_step_, optimizer.grad_norm = page, grad_norm
     return [
         (FusedLayer, "run", run), (loss_module, "linear_cross_entropy", head),
-        (adamw, "adamw_step_", update),
+        (adamw, "adamw_step_", update), (body, "final_norm", final_norm),
     ]  # fmt: skip
 
 
@@ -105,7 +110,7 @@ def train(shape: str, place: str | None, times: int) -> dict:
     changed = hooked(model, optimizer, fault)
     torch.manual_seed(7)
     # Above the size for CUDA graphs, whose layers run only while they are recorded.
-    batches = [batch(4, 2048, model.config.vocab_size)]
+    batches = [batch(5, 2048, model.config.vocab_size)]
     try:
         allocated = []
         for step in range(STEPS):

@@ -154,17 +154,20 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     results: dict[str, list] = {"proof": [], "cost": []}
+    machine = {"card": torch.cuda.get_device_name(), "torch": torch.__version__}
+
+    def add(key: str, line: dict) -> None:
+        results[key].append(line)
+        print(json.dumps(line), flush=True)
+        if args.out:
+            args.out.write_text(json.dumps({"machine": machine, **results}, indent=1) + "\n")
+
     with determinism(enabled=True):
         for state_bits in (32, 8):
-            results["proof"].append(prove(args.shape, args.rank, state_bits))
-            print(json.dumps(results["proof"][-1]), flush=True)
+            add("proof", prove(args.shape, args.rank, state_bits))
     for state_bits in (32, 8):
         for line in cost(args.cost_shape, args.rank, state_bits, 2, 1024):
-            results["cost"].append(line)
-            print(json.dumps(line), flush=True)
-    if args.out:
-        machine = {"card": torch.cuda.get_device_name(), "torch": torch.__version__}
-        args.out.write_text(json.dumps({"machine": machine, **results}, indent=1) + "\n")
+            add("cost", line)
 
 
 if __name__ == "__main__":

@@ -268,8 +268,7 @@ class FusedBody:
                     siblings.stay.end()
 
     def _staying_bytes(self) -> int:
-        matrices = (s.stay.matrix for layer in self.layers for s in layer.all_siblings)
-        return sum(m.nbytes for m in matrices if m is not None)
+        return sum(s.stay.nbytes for layer in self.layers for s in layer.all_siblings)
 
 
 def layer_kind(weight: Tensor) -> type[FusedLayer] | None:

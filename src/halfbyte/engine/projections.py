@@ -59,14 +59,21 @@ class Stay:
     Args:
         granted: Memory is there for it.
         matrix: `[N + R, K + R]`, once it was made.
+        transposed: What the backward reads, where that is another matrix.
     """
 
     granted: bool = False
     matrix: Tensor | None = None
+    transposed: Tensor | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Of what stays."""
+        return sum(m.nbytes for m in (self.matrix, self.transposed) if m is not None)
 
     def end(self) -> None:
         """Give the memory back."""
-        self.granted, self.matrix = False, None
+        self.granted, self.matrix, self.transposed = False, None, None
 
 
 @dataclass(frozen=True)
@@ -173,6 +180,10 @@ class Siblings:
     def forward(self, x_wide: Tensor, wide: Tensor, out: Tensor) -> Tensor:
         """Write all siblings' outputs into `out` `[T, N]` and return it."""
         torch.mm(x_wide, wide[: self.outputs].t(), out=out)
+        return self.add_bias_(out)
+
+    def add_bias_(self, out: Tensor) -> Tensor:
+        """Add the siblings' biases to their outputs, and return these."""
         if self.has_bias:
             start = 0
             for p, end in zip(self.projections, self.columns, strict=True):
@@ -185,7 +196,7 @@ class Siblings:
         """Write `dy B`, scaled, into the last R columns of `grad_wide` `[T, N + R]`."""
         if self.rank:
             grad, border = grad_wide[:, : self.outputs], grad_wide[:, self.outputs :]
-            rank_product_(border, grad, wide[: self.outputs, self.inputs :])
+            rank_product_(border, grad, self.lora_B(wide))
 
     def backward_input(self, grad_wide: Tensor, wide: Tensor, seed: Tensor | None) -> Tensor:
         """Return the gradient of x `[T, K]` from `grad_wide`, which `up_` has completed.
@@ -200,6 +211,10 @@ class Siblings:
     def lora_A(self, wide: Tensor) -> Tensor:  # noqa: N802
         """Return all A, one below the other, as they stand in the wide matrix: `[R, K]`."""
         return wide[self.outputs :, : self.inputs]
+
+    def lora_B(self, wide: Tensor) -> Tensor:  # noqa: N802
+        """Return all B, scaled, each in its own rows and columns: `[N, R]`."""
+        return wide[: self.outputs, self.inputs :]
 
     def grad_A_(  # noqa: N802
         self,

@@ -71,7 +71,7 @@ def assemble_(wide: Tensor, parts: Sequence[Part], *, only_border: bool = False)
     for part in parts:
         rows = slice(row, row + part.weight.shape[0])
         if not only_border:
-            wide[rows, :inputs] = _dense(part.weight, wide.dtype)
+            wide[rows, :inputs] = dense(part.weight, wide.dtype)
         row = rows.stop
         if part.lora_A is not None and part.lora_B is not None:
             columns = slice(inputs + rank, inputs + rank + part.lora_A.shape[0])
@@ -82,7 +82,11 @@ def assemble_(wide: Tensor, parts: Sequence[Part], *, only_border: bool = False)
     return wide
 
 
-def _dense(weight: Quantized | Tensor, dtype: torch.dtype) -> Tensor:
+def dense(weight: Quantized | Tensor, dtype: torch.dtype) -> Tensor:
+    """Return a weight's values: dequantized to `dtype`, or as they are where it is not quantized.
+
+    For float64 they are float32.
+    """
     if isinstance(weight, Tensor):
         return weight
     block_size, quant_type = weight.block_size, weight.quant_type

@@ -48,7 +48,7 @@ def _fill(
 
 
 @triton.jit
-def _right(
+def right(
     pid, lora_B, scaling, out, pitch, K, count, first_column,
     RANK: tl.constexpr, WIDTH: tl.constexpr, BLOCK_WIDTH: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
@@ -63,7 +63,7 @@ def _right(
 
 
 @triton.jit
-def _below(
+def below(
     pid, A0, A1, A2, out, pitch, K,
     R0: tl.constexpr, R1: tl.constexpr, R2: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
@@ -117,21 +117,21 @@ def _assemble_kernel(
         right1 = right0 + tl.cdiv(N1, ROWS)
         right2 = right1 + tl.cdiv(N2, ROWS)
         if pid < right0:
-            _right(pid - fill2, B0, scaling0, out, pitch, K, N0, 0, R0, WIDTH, BLOCK_WIDTH, ROWS)
+            right(pid - fill2, B0, scaling0, out, pitch, K, N0, 0, R0, WIDTH, BLOCK_WIDTH, ROWS)
         elif pid < right1:
-            _right(pid - right0, B1, scaling1, out1, pitch, K, N1, R0, R1, WIDTH, BLOCK_WIDTH, ROWS)
+            right(pid - right0, B1, scaling1, out1, pitch, K, N1, R0, R1, WIDTH, BLOCK_WIDTH, ROWS)
         elif pid < right2:
-            _right(
+            right(
                 pid - right1, B2, scaling2, out2, pitch, K, N2, R0 + R1, R2, WIDTH, BLOCK_WIDTH,
                 ROWS,
             )  # fmt: skip
         else:
             below = out2 + tl.cast(pitch, tl.int64) * N2
-            _below(pid - right2, A0, A1, A2, below, pitch, K, R0, R1, R2, COLUMNS)
+            below(pid - right2, A0, A1, A2, below, pitch, K, R0, R1, R2, COLUMNS)
 
 
 @functools.cache
-def _levels(quant_type: str, device: torch.device) -> Tensor:
+def levels_on(quant_type: str, device: torch.device) -> Tensor:
     """The sixteen levels, sent to the device once: a copy from the host would wait for it."""
     return codebooks.levels(quant_type, "cuda").to(device)
 
@@ -160,7 +160,7 @@ def assemble_(wide, parts, *, only_border=False) -> Tensor:
     if not _fits(parts):
         return _dispatching_assemble_.__wrapped__(wide, parts, only_border=only_border)
     first = parts[0].weight
-    levels = _levels(first.quant_type, wide.device)
+    levels = levels_on(first.quant_type, wide.device)
     pointers, outputs, scalings, ranks = [], [], [], []
     for part in parts:
         pointers += _pointers(part, levels)
