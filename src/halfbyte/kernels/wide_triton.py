@@ -126,8 +126,8 @@ def _assemble_kernel(
                 ROWS,
             )  # fmt: skip
         else:
-            below = out2 + tl.cast(pitch, tl.int64) * N2
-            below(pid - right2, A0, A1, A2, below, pitch, K, R0, R1, R2, COLUMNS)
+            rest = out2 + tl.cast(pitch, tl.int64) * N2
+            below(pid - right2, A0, A1, A2, rest, pitch, K, R0, R1, R2, COLUMNS)
 
 
 @functools.cache
