@@ -4,7 +4,7 @@
 
 The cap is hard: the allocator may take the card's size less CUDA's context, and not a byte more.
 Weights are random and in 4 bits; rank 64 on all linear layers for 33B and more, as in the QLoRA
-paper, and 32 for 8B, as in the peers' published maxima.
+paper, and 32 for 8B and 70B, as in the peers' published maxima.
 """
 
 import argparse
@@ -27,6 +27,7 @@ from halfbyte.train.survive import Survivor
 CASES = [  # shape, rank, card in GiB, sequence to time, longest that peers publish
     ("llama65b", 64, 48, 2048, None),
     ("llama70b", 64, 48, 2048, 12106),
+    ("llama70b", 32, 48, 2048, 12106),
     ("llama33b", 64, 24, 1024, None),
     ("llama8b", 32, 8, 1024, 2972),
     ("llama8b", 32, 24, 8192, 78475),
