@@ -1,0 +1,126 @@
+"""Matrix products in eight bits: rows of e4m3 numbers, each row with one float32 scale.
+
+    y[t, n] = scale_x[t] scale_w[n] sum over k of x8[t, k] w8[n, k]
+
+Shape letters: T tokens, K features, R LoRA ranks, P columns of a border.
+
+An e4m3 number has three bits behind its leading one: it is off by 1/16 of itself at most, by 2.6 %
+in the root mean square. That is on the scale of 4-bit weights' own error (9 %) and bears it. LoRA's
+part of a product must be better: it is what is trained. So each of its two factors stands there as
+a sum of two e4m3 numbers, as good as bfloat16:
+
+    x side   [ x | u_hi | u_lo | u_hi ]        u = x A^T / balance
+    w side   [ w | B_hi | B_hi | B_lo ]        B * balance
+
+The balance, a power of two, puts both factors in the middle of what e4m3 can hold beside the rest
+of their rows. It is made on the device: nobody waits for it.
+
+Gradients are e4m3 as well; with a scale for each row they need no wider exponent (DeepSeek-V3,
+arXiv 2412.19437, section 3.3.2).
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from halfbyte.kernels.dispatch import accelerated
+
+DTYPE = torch.float8_e4m3fn
+LARGEST = 448.0
+# Hopper's tensor cores add e4m3 products in 14 bits; without fast accumulation they pass their sum
+# on to float32 every 128 terms.
+FAST_ACCUMULATION = False
+TINY = 1e-30
+"""Rows whose magnitudes stay below are scaled as if they reached it."""
+BALANCE = (64.0, 2.0**-30)
+"""Product of both factors' magnitudes that is aimed at, and the least magnitude counted of one."""
+
+
+class Rows(NamedTuple):
+    """A matrix in eight bits: values e4m3 `[rows, K + P]`, scale float32 `[rows]`."""
+
+    values: Tensor
+    scale: Tensor
+
+
+def border_columns(ranks: int) -> int:
+    """Return P: three columns a rank, padded so that rows stay aligned to 16 bytes."""
+    return -(-3 * ranks // 16) * 16
+
+
+@accelerated
+def quantize_rows(x: Tensor, features: int, balance: Tensor | None) -> Rows:
+    """Return `x` in eight bits, with its last columns split for the product with LoRA inside.
+
+    Args:
+        x: `[T, K + R]` of any float dtype (rows may have a pitch).
+        features: K.
+        balance: float32 `[1]` of `split_border_`; None: the last columns count for nothing, their
+            place is filled with zeros.
+    """
+    wide = x.to(torch.float32)
+    main, border = wide[:, :features], wide[:, features:]
+    border = torch.zeros_like(border) if balance is None else border / balance
+    largest = torch.cat((main, border), 1).abs().amax(1, keepdim=True).clamp_min(TINY)
+    inverse = 1 / largest * LARGEST
+    columns = border_columns(border.shape[1])
+    values = x.new_empty((x.shape[0], features + columns), dtype=DTYPE)
+    values[:, :features] = (main * inverse).to(DTYPE)
+    high, low = _terms(border * inverse)
+    _write_terms(values[:, features:], high, low, high)
+    return Rows(values, largest.squeeze(1) / LARGEST)
+
+
+@accelerated
+def split_border_(values: Tensor, factor: Tensor, scale: Tensor) -> Tensor:
+    """Write a factor of LoRA into the last P columns of a weight; return the balance.
+
+    That is float32 `[1]`, and stays on the device.
+
+    Args:
+        values: e4m3 `[N, K + P]`.
+        factor: `[N, R]`, B, or for the backward A^T (any strides).
+        scale: float32 `[N]`, of the rows of the weight.
+    """
+    scaled = factor.to(torch.float32) / scale.unsqueeze(1)
+    balance = balance_of(scaled.abs().max().view(1))
+    high, low = _terms(scaled * balance)
+    _write_terms(values[:, values.shape[1] - border_columns(factor.shape[1]) :], high, high, low)
+    return balance
+
+
+def balance_of(largest: Tensor) -> Tensor:
+    """Return the power of two that a factor with this largest magnitude is multiplied by.
+
+    Args:
+        largest: float32 `[1]`, of the factor in units of its rows' scales.
+    """
+    target, least = BALANCE
+    largest = largest.clamp_min(least)
+    wanted = torch.minimum((target / largest).sqrt(), LARGEST / largest)
+    return torch.ldexp(torch.full_like(wanted, 0.5), torch.frexp(wanted).exponent)
+
+
+def product_(x: Rows, weight: Rows, out: Tensor) -> Tensor:
+    """Write `x @ weight^T` into `out` `[T, N]` (rows may have a pitch) and return it."""
+    if x.values.is_cuda:
+        return torch._scaled_mm(
+            x.values, weight.values.t(), x.scale.unsqueeze(1), weight.scale.unsqueeze(0),
+            out_dtype=out.dtype, use_fast_accum=FAST_ACCUMULATION, out=out,
+        )  # fmt: skip
+    product = x.values.to(torch.float32) @ weight.values.to(torch.float32).t()
+    return out.copy_(product * x.scale.unsqueeze(1) * weight.scale)
+
+
+def _terms(values: Tensor) -> tuple[Tensor, Tensor]:
+    """Return two e4m3 tensors whose sum is `values`, nearly."""
+    high = values.to(DTYPE)
+    return high, (values - high.to(torch.float32)).to(DTYPE)
+
+
+def _write_terms(border: Tensor, *terms: Tensor) -> None:
+    ranks = terms[0].shape[1]
+    border.zero_()
+    for index, term in enumerate(terms):
+        border[:, index * ranks : (index + 1) * ranks] = term

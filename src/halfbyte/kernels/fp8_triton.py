@@ -1,0 +1,161 @@
+"""Rows of e4m3 numbers, on CUDA: what is made anew in every step, in one pass each.
+
+Triton's interpreter (TRITON_INTERPRET=1) casts to e4m3 wrongly where rounding carries into the
+exponent; there `EMULATES` rounds before.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from halfbyte.kernels import fp8
+from halfbyte.kernels.fp8 import Rows, border_columns
+
+# Longer rows are read twice, the second time from a cache: they would not fit into registers.
+_WHOLE = 8192
+_BLOCK = 4096
+_ROWS = 128
+_LARGEST = tl.constexpr(fp8.LARGEST)
+_TINY = tl.constexpr(fp8.TINY)
+_TARGET, _LEAST = tl.constexpr(fp8.BALANCE[0]), tl.constexpr(fp8.BALANCE[1])
+# 1.5 * 2^23 * 2^-9: a float32 that it is added to is rounded to a multiple of 2^-9.
+_ROUNDER = tl.constexpr(24576.0)
+
+
+@triton.jit
+def e4m3(x, EMULATES: tl.constexpr):
+    """Return x, of magnitude 448 at most, as the nearest e4m3 number, ties to even."""
+    if EMULATES:
+        bits = x.to(tl.int32, bitcast=True)
+        bits = (bits + 0x7FFFF + ((bits >> 20) & 1)) & -0x100000
+        normal = bits.to(tl.float32, bitcast=True)
+        x = tl.where(tl.abs(x) < 0.015625, (x + _ROUNDER) - _ROUNDER, normal)
+    return x.to(tl.float8e4nv)
+
+
+@triton.jit
+def _quantize_rows_kernel(
+    x_ptr, values_ptr, scale_ptr, balance_ptr, stride_x, stride_values, K,
+    R: tl.constexpr, P: tl.constexpr, BLOCK_P: tl.constexpr, HAS_BORDER: tl.constexpr,
+    IS_WHOLE: tl.constexpr, BLOCK: tl.constexpr, EMULATES: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    x_ptr += row * stride_x
+    values_ptr += row * stride_values
+    offs = tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + offs, mask=offs < K, other=0.0).to(tl.float32)
+    sums = tl.abs(x)
+    if not IS_WHOLE:
+        for start in range(BLOCK, K, BLOCK):
+            columns = start + offs
+            part = tl.load(x_ptr + columns, mask=columns < K, other=0.0).to(tl.float32)
+            sums = tl.maximum(sums, tl.abs(part))
+    largest = tl.maximum(tl.max(sums, 0), _TINY)
+    if P > 0:
+        columns = tl.arange(0, BLOCK_P)
+        term = columns // R
+        border = tl.zeros((BLOCK_P,), tl.float32)
+        if HAS_BORDER:
+            own = tl.load(x_ptr + K + columns % R, mask=term < 3, other=0.0).to(tl.float32)
+            border = own / tl.load(balance_ptr)
+        largest = tl.maximum(largest, tl.max(tl.abs(border), 0))
+    inverse = 1.0 / largest * _LARGEST
+    tl.store(scale_ptr + row, largest / _LARGEST)
+    if P > 0:
+        border = border * inverse
+        rest = border - e4m3(border, EMULATES).to(tl.float32)
+        border = tl.where(term == 1, rest, border)
+        tl.store(values_ptr + K + columns, e4m3(border, EMULATES), mask=columns < P)
+    tl.store(values_ptr + offs, e4m3(x * inverse, EMULATES), mask=offs < K)
+    if not IS_WHOLE:
+        for start in range(BLOCK, K, BLOCK):
+            columns = start + offs
+            part = tl.load(x_ptr + columns, mask=columns < K, other=0.0).to(tl.float32)
+            tl.store(values_ptr + columns, e4m3(part * inverse, EMULATES), mask=columns < K)
+
+
+@triton.jit
+def _largest_kernel(
+    factor_ptr, scale_ptr, partial_ptr, stride_row, stride_rank, count,
+    R: tl.constexpr, BLOCK_R: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    ranks = tl.arange(0, BLOCK_R)
+    factor = tl.load(
+        factor_ptr + rows.to(tl.int64)[:, None] * stride_row + ranks[None, :] * stride_rank,
+        mask=(rows < count)[:, None] & (ranks < R)[None, :], other=0.0,
+    )  # fmt: skip
+    scale = tl.load(scale_ptr + rows, mask=rows < count, other=1.0)
+    scaled = tl.abs(factor.to(tl.float32)) / scale[:, None]
+    tl.store(partial_ptr + tl.program_id(0), tl.max(tl.max(scaled, 1), 0))
+
+
+@triton.jit
+def _split_kernel(
+    values_ptr, factor_ptr, scale_ptr, partial_ptr, balance_ptr,
+    stride_values, stride_row, stride_rank, K, count, num_partials,
+    R: tl.constexpr, P: tl.constexpr, BLOCK_P: tl.constexpr, PARTIALS: tl.constexpr,
+    ROWS: tl.constexpr, EMULATES: tl.constexpr,
+):  # fmt: skip
+    indices = tl.arange(0, PARTIALS)
+    partial = tl.load(partial_ptr + indices, mask=indices < num_partials, other=0.0)
+    largest = tl.maximum(tl.max(partial, 0), _LEAST)
+    wanted = tl.minimum(tl.rsqrt(largest / _TARGET), 1.0 / largest * _LARGEST)
+    # Without its mantissa: the power of two below.
+    balance = (wanted.to(tl.int32, bitcast=True) & -0x800000).to(tl.float32, bitcast=True)
+    if tl.program_id(0) == 0:
+        tl.store(balance_ptr, balance)
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    columns = tl.arange(0, BLOCK_P)
+    term = columns // R
+    row_mask = rows < count
+    wide_rows = rows.to(tl.int64)
+    factor = tl.load(
+        factor_ptr + wide_rows[:, None] * stride_row + (columns % R)[None, :] * stride_rank,
+        mask=row_mask[:, None] & (term < 3)[None, :], other=0.0,
+    )  # fmt: skip
+    scale = tl.load(scale_ptr + rows, mask=row_mask, other=1.0)
+    border = factor.to(tl.float32) / scale[:, None] * balance
+    rest = border - e4m3(border, EMULATES).to(tl.float32)
+    border = tl.where((term == 2)[None, :], rest, border)
+    target = values_ptr + wide_rows[:, None] * stride_values + K + columns[None, :]
+    tl.store(target, e4m3(border, EMULATES), mask=row_mask[:, None] & (columns < P)[None, :])
+
+
+def quantize_rows(x: Tensor, features: int, balance: Tensor | None) -> Rows:
+    T, ranks = x.shape[0], x.shape[1] - features
+    columns = border_columns(ranks)
+    values = torch.empty(T, features + columns, dtype=fp8.DTYPE, device=x.device)
+    scale = torch.empty(T, dtype=torch.float32, device=x.device)
+    if T:
+        is_whole = features <= _WHOLE
+        block = triton.next_power_of_2(features) if is_whole else _BLOCK
+        _quantize_rows_kernel[(T,)](
+            x, values, scale, scale if balance is None else balance,
+            x.stride(0), values.stride(0), features,
+            R=max(ranks, 1), P=columns, BLOCK_P=triton.next_power_of_2(max(columns, 1)),
+            HAS_BORDER=balance is not None, IS_WHOLE=is_whole, BLOCK=block,
+            EMULATES=not x.is_cuda, num_warps=min(max(block // 512, 1), 8),
+        )  # fmt: skip
+    return Rows(values, scale)
+
+
+def split_border_(values: Tensor, factor: Tensor, scale: Tensor) -> Tensor:
+    count, ranks = factor.shape
+    columns = border_columns(ranks)
+    programs = triton.cdiv(count, _ROWS)
+    partial, balance = (
+        torch.empty(size, dtype=torch.float32, device=values.device) for size in (programs, 1)
+    )
+    block = triton.next_power_of_2(columns)
+    _largest_kernel[(programs,)](
+        factor, scale, partial, *factor.stride(), count,
+        R=ranks, BLOCK_R=triton.next_power_of_2(ranks), ROWS=_ROWS,
+    )  # fmt: skip
+    _split_kernel[(programs,)](
+        values, factor, scale, partial, balance, values.stride(0), *factor.stride(),
+        values.shape[1] - columns, count, programs, R=ranks, P=columns, BLOCK_P=block,
+        PARTIALS=triton.next_power_of_2(programs), ROWS=_ROWS, EMULATES=not values.is_cuda,
+    )  # fmt: skip
+    return balance
