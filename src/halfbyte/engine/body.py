@@ -41,7 +41,7 @@ class FusedBody:
         model: The transformers body (`LlamaModel` and its like).
         memory: "auto" spends the free memory on saved activations, "lean" the least, "fast" saves
             all; or a budget for saved activations in bytes.
-        kind: How a layer runs: `FusedLayer`, or `CpuLayer` where it is.
+        kind: How a layer runs: `FusedLayer`, `Fp8Layer`, or `CpuLayer` where it is.
         max_tile: Most tokens that an MLP may take at a time; None: what memory allows.
     """
 
@@ -228,8 +228,8 @@ class FusedBody:
         tokens = num_tokens * 9 // 8
         sizes = policy.LayerBytes.of(shape, hidden_size, tokens, itemsize)
         offloads = host_bytes is None or count * sizes.input <= host_bytes * _HOST_SHARE
-        largest = max(layer.largest_weight for layer in self.layers) * itemsize
-        all_weights = max(layer.weight_elements for layer in self.layers) * itemsize
+        largest = max(layer.largest_weight_bytes(itemsize) for layer in self.layers)
+        all_weights = max(layer.weight_bytes(itemsize) for layer in self.layers)
         left = tile = 0
         for tile in policy.tiles(num_tokens, self.max_tile):
             working = policy.working_bytes(shape, hidden_size, tokens, itemsize, tile)

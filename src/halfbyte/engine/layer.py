@@ -5,7 +5,7 @@ parameters. It computes causal self-attention without a key-value cache, for tra
 """
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -24,6 +24,7 @@ from halfbyte.engine.block import (
 from halfbyte.engine.families import ACTIVATIONS, parts_of
 from halfbyte.engine.offload import Away, Passage
 from halfbyte.engine.projections import Projection, Siblings
+from halfbyte.engine.projections_fp8 import fp8_siblings
 from halfbyte.engine.tiled import Tiled
 from halfbyte.kernels.rms_norm import Norm
 from halfbyte.quant.linear import NF4Linear
@@ -40,6 +41,9 @@ class FusedLayer:
         index: Of the layer; its dropout masks are its own.
     """
 
+    siblings: Callable[[tuple[Projection, ...], float, int], Siblings] = Siblings
+    """Puts projections of one input together, with their dropout and its salt."""
+
     def __init__(self, layer: Any, config: Any, index: int) -> None:
         parts = parts_of(layer, config)
         self.layer = layer
@@ -55,15 +59,15 @@ class FusedLayer:
             has_branch_norms=parts.branch_norms is not None,
         )
         self.into = IntoWeights(
-            qkv=_siblings(4 * index, *parts.qkv.values()),
+            qkv=self._siblings(4 * index, *parts.qkv.values()),
             norm=parts.input_norm,
             head_norm=_head_norm(self.shape, parts.head_norms),
         )
         after_o, after_down = parts.branch_norms or (None, None)
         self.out = OutWeights(
-            o=_siblings(4 * index + 1, parts.o),
-            gate_up=_siblings(4 * index + 2, *parts.gate_up.values()),
-            down=_siblings(4 * index + 3, parts.down),
+            o=self._siblings(4 * index + 1, parts.o),
+            gate_up=self._siblings(4 * index + 2, *parts.gate_up.values()),
+            down=self._siblings(4 * index + 3, parts.down),
             norm=parts.mlp_norm,
             after_o=after_o,
             after_down=after_down,
@@ -89,15 +93,13 @@ class FusedLayer:
         """All projections, by the input that they share."""
         return (self.qkv, self.out.o, self.out.gate_up, self.out.down)
 
-    @property
-    def weight_elements(self) -> int:
-        """Elements of all wide matrices together."""
-        return sum(siblings.elements for siblings in self.all_siblings)
+    def weight_bytes(self, itemsize: int) -> int:
+        """Return what all wide matrices take together where they stay."""
+        return sum(siblings.staying_bytes(itemsize) for siblings in self.all_siblings)
 
-    @property
-    def largest_weight(self) -> int:
-        """Elements of the largest wide matrix."""
-        return max(siblings.elements for siblings in self.all_siblings)
+    def largest_weight_bytes(self, itemsize: int) -> int:
+        """Return what the largest wide matrix takes where none stays."""
+        return max(siblings.passing_bytes(itemsize) for siblings in self.all_siblings)
 
     def run(
         self,
@@ -165,6 +167,16 @@ class FusedLayer:
 
         return Tiled.apply(mixed, x, half, self.all_siblings[1:], keep, seed, *out.adapters)
 
+    def _siblings(self, salt: int, *modules: nn.Module) -> Siblings:
+        dropout = max(map(dropout_of, modules))
+        return self.siblings(tuple(_projection(module) for module in modules), dropout, salt)
+
+
+class Fp8Layer(FusedLayer):
+    """The same with its large products in eight bits."""
+
+    siblings = staticmethod(fp8_siblings)
+
 
 @contextlib.contextmanager
 def _again(keep: Keep) -> Iterator[None]:
@@ -185,11 +197,6 @@ def _head_norm(shape: BlockShape, norms: tuple[Norm, Norm] | None) -> Norm | Non
     counts = (shape.num_heads, shape.num_key_value_heads)
     rows = [norm.weight.expand(count, -1) for norm, count in zip(norms, counts, strict=True)]
     return Norm(torch.cat(rows), norms[0].eps)
-
-
-def _siblings(salt: int, *modules: nn.Module) -> Siblings:
-    dropout = max(map(dropout_of, modules))
-    return Siblings(tuple(_projection(module) for module in modules), dropout, salt)
 
 
 def dropout_of(module: Any) -> float:

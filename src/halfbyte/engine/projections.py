@@ -134,10 +134,13 @@ class Siblings:
         pairs = ((p.lora_A, p.lora_B) for p in self.projections)
         return tuple(t for pair in pairs for t in pair if t is not None)
 
-    @functools.cached_property
-    def elements(self) -> int:
-        """Of the wide matrix."""
-        return (self.outputs + self.rank) * (self.inputs + self.rank)
+    def passing_bytes(self, itemsize: int) -> int:
+        """Return what the wide matrix takes while a product runs."""
+        return (self.outputs + self.rank) * (self.inputs + self.rank) * itemsize
+
+    def staying_bytes(self, itemsize: int) -> int:
+        """Return what it takes where it stays."""
+        return self.passing_bytes(itemsize)
 
     def wide(self, like: Tensor) -> Tensor:
         """Return the wide matrix `[N + R, K + R]` in the dtype and on the device of `like`."""

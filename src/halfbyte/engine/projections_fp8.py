@@ -10,14 +10,15 @@ two factors; the matrices in eight bits are made where they are multiplied, one 
 one for the backward, unless memory lets them stay.
 """
 
-from collections.abc import Sequence
+import functools
+import logging
 from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from halfbyte.engine.projections import Projection, Siblings
+from halfbyte.errors import ConfigError
 from halfbyte.kernels.fp8 import (
     DTYPE,
     Rows,
@@ -28,24 +29,72 @@ from halfbyte.kernels.fp8 import (
 )
 from halfbyte.kernels.fp8_weight import factors_, fill_, row_scales
 
+_log = logging.getLogger(__name__)
+
+_CAPABILITY = (8, 9)
+# Of both sizes of a matrix: rows are read by 16 bytes.
 _MULTIPLE = 16
 
 
-def fits(projections: Sequence[Projection]) -> bool:
-    """Whether projections can be multiplied in eight bits: all sizes are multiples of 16."""
-    inputs = int(projections[0].weight.shape[1])
-    outputs = sum(int(p.weight.shape[0]) for p in projections)
-    return inputs % _MULTIPLE == 0 and outputs % _MULTIPLE == 0
+def require_fp8(device: torch.device) -> None:
+    """Check that a device multiplies e4m3 numbers.
+
+    Raises:
+        ConfigError: it is no GPU, or one before Ada and Hopper.
+    """
+    found = str(device)
+    if device.type == "cuda":
+        capability = torch.cuda.get_device_capability(device)
+        if capability >= _CAPABILITY:
+            return
+        found = f"{torch.cuda.get_device_name(device)}, {capability[0]}.{capability[1]}"
+    raise ConfigError(
+        f"compute: fp8 needs a GPU of compute capability {_CAPABILITY[0]}.{_CAPABILITY[1]} or "
+        f"more (Ada, Hopper, Blackwell), got {found}",
+        hint="leave compute at bf16",
+    )
+
+
+def fp8_siblings(projections: tuple[Projection, ...], dropout: float, salt: int) -> Siblings:
+    """Return projections of one input, in eight bits where their sizes are multiples of 16."""
+    group = Fp8Siblings(projections, dropout, salt)
+    if group.inputs % _MULTIPLE == 0 and group.outputs % _MULTIPLE == 0:
+        return group
+    _warn_of_sizes(group.outputs, group.inputs)
+    return Siblings(projections, dropout, salt)
+
+
+@functools.cache
+def _warn_of_sizes(outputs: int, inputs: int) -> None:
+    _log.warning(
+        "projections of %d to %d features stay in 16 bits: compute: fp8 needs multiples of %d",
+        inputs, outputs, _MULTIPLE,
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Fp8Siblings(Siblings):
     """Projections of one input, multiplied in eight bits."""
 
-    @cached_property
+    @functools.cached_property
     def scales(self) -> tuple[Tensor, Tensor]:
         """Of the rows of the weights, and of those of their transpose."""
         return row_scales(self.projections)
+
+    def passing_bytes(self, itemsize: int) -> int:
+        """Return what the factors and the larger of both matrices take."""
+        factors = self.rank * (self.inputs + self.outputs) * itemsize
+        return factors + max(self._matrix_bytes)
+
+    def staying_bytes(self, itemsize: int) -> int:
+        """Return what both matrices take."""
+        return sum(self._matrix_bytes)
+
+    @property
+    def _matrix_bytes(self) -> tuple[int, int]:
+        columns = border_columns(self.rank)
+        forward = self.outputs * (self.inputs + columns)
+        return forward, self.inputs * (self.outputs + columns)
 
     def wide(self, like: Tensor) -> Tensor:
         """Return the adapters' factors, A `[R, K]` then B `[N, R]`, as one vector."""

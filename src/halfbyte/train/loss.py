@@ -23,8 +23,11 @@ from transformers import PreTrainedModel
 from halfbyte.data.loader import Batch
 from halfbyte.engine.body import FusedBody, layer_kind
 from halfbyte.engine.families import text_part
+from halfbyte.engine.layer import Fp8Layer
 from halfbyte.engine.obstacle import obstacle
 from halfbyte.engine.packed import merge, pack
+from halfbyte.engine.projections_fp8 import require_fp8
+from halfbyte.errors import ConfigError
 from halfbyte.kernels.cross_entropy import linear_cross_entropy
 from halfbyte.models.attention import use_cpu_attention
 
@@ -67,7 +70,9 @@ class LanguageModel:
     head: _Head | None = None
 
     @classmethod
-    def of(cls, model: nn.Module, *, memory: str | int = "auto") -> "LanguageModel":
+    def of(
+        cls, model: nn.Module, *, memory: str | int = "auto", compute: str = "bf16"
+    ) -> "LanguageModel":
         """Take `model` apart if one small forward pass proves that the parts give its logits.
 
         The body runs fused where it has the shape for it and the machine has the means.
@@ -76,7 +81,16 @@ class LanguageModel:
             model: A causal language model, adapted or not.
             memory: What the fused body spends on saved activations: "auto", "lean", "fast" or a
                 number of bytes.
+            compute: "bf16", or "fp8": the fused body's large products are then in eight bits.
+
+        Raises:
+            ConfigError: `compute` is "fp8", and the GPU or the model cannot do it.
         """
+        parts = cls._apart(model, memory)
+        return parts if compute == "bf16" else parts._in_fp8()
+
+    @classmethod
+    def _apart(cls, model: nn.Module, memory: str | int) -> "LanguageModel":
         causal = model.get_base_model() if isinstance(model, PeftModel) else model
         if not isinstance(causal, PreTrainedModel):
             return cls(model)
@@ -95,6 +109,18 @@ class LanguageModel:
             if fused.agrees():
                 return cls(model, fused, head)
         return cls(model, body, head)
+
+    def _in_fp8(self) -> "LanguageModel":
+        require_fp8(next(self.model.parameters()).device)
+        if isinstance(self.body, FusedBody):
+            body = FusedBody(self.body.model, memory=self.body.memory, kind=Fp8Layer)
+            return dataclasses.replace(self, body=body)
+        why = None if self.body is None else obstacle(self.body)
+        raise ConfigError(
+            "compute: fp8 needs a model that runs fused, and this one does not: "
+            + (why or "its values are not those of the fused layers"),
+            hint="leave compute at bf16",
+        )
 
     @property
     def is_fused(self) -> bool:
