@@ -104,14 +104,17 @@ def batches_of(case: str, lengths: list[int], vocabulary: int, step: int) -> lis
 
 
 def measure(
-    model, optimizer, memory: str, case: str, steps: int, lengths: list[int], dropout: float
-) -> dict:
+    model, optimizer, memory: str, case: str, steps: int, lengths: list[int], dropout: float,
+    compute: str = "bf16",
+) -> dict:  # fmt: skip
     device = model.get_input_embeddings().weight.device
     # As a run with the default, paged optimizer does it.
     optimizer.place("host" if memory == "lean" else "device")
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
-    language_model = LanguageModel.of(model, memory=int(memory) if memory.isdigit() else memory)
+    language_model = LanguageModel.of(
+        model, memory=int(memory) if memory.isdigit() else memory, compute=compute
+    )
     times, losses, tokens = [], [], []
     for step in range(steps + 2):
         data = batches_of(case, lengths, model.config.vocab_size, step)
@@ -131,6 +134,7 @@ def measure(
     return {
         "case": case,
         "memory": memory,
+        "compute": compute,
         "fused": language_model.is_fused,
         "dropout": dropout,
         "tokens_per_second": round(sum(tokens[warm:]) / sum(times[warm:])),
@@ -141,8 +145,10 @@ def measure(
     }
 
 
-def profile(model, optimizer, memory: str, case: str, lengths: list[int]) -> str:
-    language_model = LanguageModel.of(model, memory=memory)
+def profile(
+    model, optimizer, memory: str, case: str, lengths: list[int], compute: str = "bf16"
+) -> str:
+    language_model = LanguageModel.of(model, memory=memory, compute=compute)
 
     def one(step: int) -> None:
         data = batches_of(case, lengths, model.config.vocab_size, step)
@@ -167,6 +173,7 @@ def main() -> None:
     parser.add_argument("--model", default="llama8b", choices=SHAPES)
     parser.add_argument("--shapes", default="2x1024,4x2048")
     parser.add_argument("--memory", default="auto")
+    parser.add_argument("--compute", default="bf16", choices=["bf16", "fp8"])
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--dropout", type=float, default=0.0)
     parser.add_argument("--steps", type=int, default=6)
@@ -196,7 +203,10 @@ def main() -> None:
     for shape in args.shapes.split(","):
         for memory in args.memory.split(","):
             try:
-                result = measure(model, optimizer, memory, shape, args.steps, lengths, args.dropout)
+                result = measure(
+                    model, optimizer, memory, shape, args.steps, lengths, args.dropout,
+                    args.compute,
+                )  # fmt: skip
             except torch.OutOfMemoryError as error:
                 result = {"case": shape, "memory": memory, "error": f"out of memory: {error}"[:160]}
             result |= {"load_s": loaded} if args.checkpoint else {}
@@ -204,7 +214,7 @@ def main() -> None:
             print(json.dumps(result), flush=True)
             if args.profile and "error" not in result:
                 args.profile.mkdir(parents=True, exist_ok=True)
-                table = profile(model, optimizer, memory, shape, lengths)
+                table = profile(model, optimizer, memory, shape, lengths, args.compute)
                 (args.profile / f"profile_{shape}_{memory}.txt").write_text(table)
     if args.out:
         machine = {

@@ -15,7 +15,8 @@ from halfbyte.kernels.fp8 import Rows, border_columns
 # Longer rows are read twice, the second time from a cache: they would not fit into registers.
 _WHOLE = 8192
 _BLOCK = 4096
-_ROWS = 128
+# Rows of a factor that a program looks at, and that it splits.
+_LARGEST_ROWS, _SPLIT_ROWS = 128, 32
 _LARGEST = tl.constexpr(fp8.LARGEST)
 _TINY = tl.constexpr(fp8.TINY)
 _TARGET, _LEAST = tl.constexpr(fp8.BALANCE[0]), tl.constexpr(fp8.BALANCE[1])
@@ -38,8 +39,10 @@ def e4m3(x, EMULATES: tl.constexpr):
 def _quantize_rows_kernel(
     x_ptr, values_ptr, scale_ptr, balance_ptr, stride_x, stride_values, K,
     R: tl.constexpr, P: tl.constexpr, BLOCK_P: tl.constexpr, HAS_BORDER: tl.constexpr,
-    IS_WHOLE: tl.constexpr, BLOCK: tl.constexpr, EMULATES: tl.constexpr,
+    IS_WHOLE: tl.constexpr, IS_ALIGNED: tl.constexpr, BLOCK: tl.constexpr, EMULATES: tl.constexpr,
 ):  # fmt: skip
+    if IS_ALIGNED:
+        stride_x = stride_x // 8 * 8  # says that rows start at 16 bytes
     row = tl.program_id(0).to(tl.int64)
     x_ptr += row * stride_x
     values_ptr += row * stride_values
@@ -48,8 +51,8 @@ def _quantize_rows_kernel(
     sums = tl.abs(x)
     if not IS_WHOLE:
         for start in range(BLOCK, K, BLOCK):
-            columns = start + offs
-            part = tl.load(x_ptr + columns, mask=columns < K, other=0.0).to(tl.float32)
+            inner = start + offs
+            part = tl.load(x_ptr + inner, mask=inner < K, other=0.0).to(tl.float32)
             sums = tl.maximum(sums, tl.abs(part))
     largest = tl.maximum(tl.max(sums, 0), _TINY)
     if P > 0:
@@ -70,9 +73,9 @@ def _quantize_rows_kernel(
     tl.store(values_ptr + offs, e4m3(x * inverse, EMULATES), mask=offs < K)
     if not IS_WHOLE:
         for start in range(BLOCK, K, BLOCK):
-            columns = start + offs
-            part = tl.load(x_ptr + columns, mask=columns < K, other=0.0).to(tl.float32)
-            tl.store(values_ptr + columns, e4m3(part * inverse, EMULATES), mask=columns < K)
+            inner = start + offs
+            part = tl.load(x_ptr + inner, mask=inner < K, other=0.0).to(tl.float32)
+            tl.store(values_ptr + inner, e4m3(part * inverse, EMULATES), mask=inner < K)
 
 
 @triton.jit
@@ -135,8 +138,8 @@ def quantize_rows(x: Tensor, features: int, balance: Tensor | None) -> Rows:
             x, values, scale, scale if balance is None else balance,
             x.stride(0), values.stride(0), features,
             R=max(ranks, 1), P=columns, BLOCK_P=triton.next_power_of_2(max(columns, 1)),
-            HAS_BORDER=balance is not None, IS_WHOLE=is_whole, BLOCK=block,
-            EMULATES=not x.is_cuda, num_warps=min(max(block // 512, 1), 8),
+            HAS_BORDER=balance is not None, IS_WHOLE=is_whole, IS_ALIGNED=x.stride(0) % 8 == 0,
+            BLOCK=block, EMULATES=not x.is_cuda, num_warps=min(max(block // 512, 1), 16),
         )  # fmt: skip
     return Rows(values, scale)
 
@@ -144,18 +147,18 @@ def quantize_rows(x: Tensor, features: int, balance: Tensor | None) -> Rows:
 def split_border_(values: Tensor, factor: Tensor, scale: Tensor) -> Tensor:
     count, ranks = factor.shape
     columns = border_columns(ranks)
-    programs = triton.cdiv(count, _ROWS)
+    programs = triton.cdiv(count, _LARGEST_ROWS)
     partial, balance = (
         torch.empty(size, dtype=torch.float32, device=values.device) for size in (programs, 1)
     )
     block = triton.next_power_of_2(columns)
     _largest_kernel[(programs,)](
         factor, scale, partial, *factor.stride(), count,
-        R=ranks, BLOCK_R=triton.next_power_of_2(ranks), ROWS=_ROWS,
+        R=ranks, BLOCK_R=triton.next_power_of_2(ranks), ROWS=_LARGEST_ROWS,
     )  # fmt: skip
-    _split_kernel[(programs,)](
+    _split_kernel[(triton.cdiv(count, _SPLIT_ROWS),)](
         values, factor, scale, partial, balance, values.stride(0), *factor.stride(),
         values.shape[1] - columns, count, programs, R=ranks, P=columns, BLOCK_P=block,
-        PARTIALS=triton.next_power_of_2(programs), ROWS=_ROWS, EMULATES=not values.is_cuda,
+        PARTIALS=triton.next_power_of_2(programs), ROWS=_SPLIT_ROWS, EMULATES=not values.is_cuda,
     )  # fmt: skip
     return balance

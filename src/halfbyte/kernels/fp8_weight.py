@@ -29,7 +29,7 @@ def row_scales(parts: Sequence[Part]) -> tuple[Tensor, Tensor]:
     """Return the scales of the rows of W, float32 `[N]`, and of those of its transpose, `[K]`."""
     outputs, inputs = [], []
     for part in parts:
-        weight = dense(part.weight, torch.float32)
+        weight = dense(part.weight, torch.bfloat16)
         outputs.append(torch.linalg.vector_norm(weight, torch.inf, dim=1))
         inputs.append(torch.linalg.vector_norm(weight, torch.inf, dim=0))
     return _scale(torch.cat(outputs)), _scale(torch.stack(inputs).amax(0))
