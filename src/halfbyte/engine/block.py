@@ -79,11 +79,14 @@ class IntoWeights:
         qkv: The projections; one of all three where the model has it so.
         norm: Of x.
         head_norm: Of the heads of q and k, weight `[query heads + key heads, D]`, or None.
+        room: Columns behind each row of the gradient of x, for the border that the layer below
+            adds to it: down's ranks.
     """
 
     qkv: Siblings
     norm: Norm
     head_norm: Norm | None = None
+    room: int = 0
 
 
 @dataclass(frozen=True)
@@ -154,7 +157,7 @@ class IntoAttention(torch.autograd.Function):
         del wide, grad_wide
         if grad_normed is None:
             return *[None] * 6, *adapters
-        grad_x = weights.norm.backward(grad_normed, x, grad_x, columns=qkv.rank)
+        grad_x = weights.norm.backward(grad_normed, x, grad_x, columns=weights.room)
         return grad_x[:, : x.shape[1]], *[None] * 5, *adapters
 
 

@@ -58,16 +58,19 @@ class FusedLayer:
             has_head_norms=parts.head_norms is not None,
             has_branch_norms=parts.branch_norms is not None,
         )
+        after_o, after_down = parts.branch_norms or (None, None)
+        down = self._siblings(4 * index + 3, parts.down)
         self.into = IntoWeights(
             qkv=self._siblings(4 * index, *parts.qkv.values()),
             norm=parts.input_norm,
             head_norm=_head_norm(self.shape, parts.head_norms),
+            # Layers are alike: the one below has as many ranks.
+            room=down.rank if after_down is None else 0,
         )
-        after_o, after_down = parts.branch_norms or (None, None)
         self.out = OutWeights(
             o=self._siblings(4 * index + 1, parts.o),
             gate_up=self._siblings(4 * index + 2, *parts.gate_up.values()),
-            down=self._siblings(4 * index + 3, parts.down),
+            down=down,
             norm=parts.mlp_norm,
             after_o=after_o,
             after_down=after_down,

@@ -301,8 +301,8 @@ class FusedStep:
                 ledger.take(WORK, hidden)
             ledger.take(ADAPTER_GRADS, grads)
         if not is_first:
-            ledger.take(WORK, self._rows(shape.qkv.rank))  # the border of the new gradient
-            ledger.give(WORK, self._rows(shape.qkv.rank))
+            ledger.take(WORK, self._rows(shape.down.rank))  # the border of the new gradient
+            ledger.give(WORK, self._rows(shape.down.rank))
         ledger.give(ADAPTER_GRADS, grads)
         ledger.give(WORK, heads)
         ledger.give(WORK, hidden)  # the gradient of x, beside attention
