@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from halfbyte.kernels import codebooks
-from halfbyte.kernels.lookup_4bit import by_bytes, lookup
+from halfbyte.kernels.lookup_4bit import by_bytes, lookup, pair_lookup, pairs_by_bytes
 
 
 def _prmt(a, b, selector):
@@ -30,8 +30,9 @@ _RUN = {
 }
 
 
-def _execute(program, operands):
-    registers = {f"${8 + i}": value for i, value in enumerate(operands)}
+def _execute(program, registers):
+    """Run PTX on these registers and return all that there are then."""
+    registers = {"%lanemask_lt": 0x7FFFFFFF, **registers}
     for line in program.splitlines():
         found = re.fullmatch(r"(\w+)\.\w+ (.+);", line)
         if not found:
@@ -40,24 +41,50 @@ def _execute(program, operands):
         target, *sources = found[2].split(", ")
         values = [registers[s] if s in registers else int(s, 0) for s in sources]
         registers[target] = _RUN[found[1]](*values)
-    return [struct.unpack("<f", registers[f"${i}"].to_bytes(4, "little"))[0] for i in range(8)]
+    return registers
+
+
+def _words_of_codes():
+    """Words of eight codes, in which every code comes in every place."""
+    for start in range(16):
+        codes = [(start + 3 * i) % 16 for i in range(8)]
+        packed = bytes(codes[2 * i] << 4 | codes[2 * i + 1] for i in range(4))
+        yield codes, int.from_bytes(packed, "little")
 
 
 @pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
 def test_every_code_becomes_its_level_in_every_place(quant_type):
     levels = codebooks.levels(quant_type).tolist()
     how = by_bytes(quant_type)
-    tables = [word & 0xFFFFFFFF for word in how.tables.tolist()]
-    for start in range(16):
-        codes = [(start + 3 * i) % 16 for i in range(8)]
-        packed = bytes(codes[2 * i] << 4 | codes[2 * i + 1] for i in range(4))
-        values = _execute(how.asm, [int.from_bytes(packed, "little"), *tables])
-        for code, value in zip(codes, values, strict=True):
+    tables = {f"${9 + i}": word & 0xFFFFFFFF for i, word in enumerate(how.tables.tolist())}
+    for codes, word in _words_of_codes():
+        after = _execute(how.asm, {"$8": word, **tables})
+        for i, code in enumerate(codes):
+            value = struct.unpack("<f", after[f"${i}"].to_bytes(4, "little"))[0]
             level = value * how.x_scale * how.scale + how.shift
             assert level == pytest.approx(levels[code], abs=3.4e-5)
+
+
+@pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
+def test_pairs_are_the_same_code_of_both_units(quant_type):
+    levels = codebooks.levels(quant_type).tolist()
+    how = pairs_by_bytes(quant_type)
+    for codes, word in _words_of_codes():
+        for half, pick in enumerate(how.pick):
+            picked = _execute(pick, {"$2": word})
+            for i, join in enumerate(how.join):
+                pair = _execute(join, {"$1": picked["$0"], "$2": picked["$1"]})["$0"]
+                values = struct.unpack("<2e", pair.to_bytes(4, "little"))
+                first = 2 * half + i
+                for value, code in zip(values, (codes[first], codes[4 + first]), strict=True):
+                    level = (value - how.zero) * how.scale
+                    assert level == pytest.approx(levels[code], abs=4e-4)
 
 
 def test_where_triton_is_interpreted_the_levels_are_the_table():
     how = lookup("nf4", torch.device("cpu"))
     assert (how.asm, how.x_scale, how.scale, how.shift) == ("", 1.0, 1.0, 0.0)
     assert torch.equal(how.tables, codebooks.levels("nf4"))
+    pairs = pair_lookup("nf4", torch.device("cpu"))
+    assert (pairs.pick, pairs.scale, pairs.zero) == (("", ""), 1.0, 0.0)
+    assert torch.equal(pairs.levels, codebooks.levels("nf4"))
