@@ -154,7 +154,7 @@ def test_other_sizes_stay_in_sixteen_bits_and_that_is_said_once(caplog):
 
 def test_a_cpu_is_refused():
     with pytest.raises(ConfigError, match=r"compute capability 8\.9 .* got cpu") as error:
-        require_fp8(torch.device("cpu"))
+        require_fp8(torch.device("cpu"), torch.bfloat16)
     assert "bf16" in error.value.hint
 
 
@@ -162,6 +162,8 @@ def test_an_older_gpu_is_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 0))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "A100")
     with pytest.raises(ConfigError, match=r"A100, 8\.0"):
-        require_fp8(torch.device("cuda"))
+        require_fp8(torch.device("cuda"), torch.bfloat16)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 9))
-    require_fp8(torch.device("cuda"))
+    require_fp8(torch.device("cuda"), torch.bfloat16)
+    with pytest.raises(ConfigError, match=r"in bfloat16, got torch\.float16"):
+        require_fp8(torch.device("cuda"), torch.float16)

@@ -121,6 +121,7 @@ def setting_of(config: "RunConfig", planner: "Planner", total_bytes: int | None)
         rows=rows,
         length=length,
         memory="lean" if is_open else train.activations,
+        compute=train.compute,
         state_bits=state_bits,
         is_paged=is_paged,
         is_checkpointed=train.gradient_checkpointing,
@@ -194,9 +195,10 @@ def before_training(config: "RunConfig") -> None:
 def _title(config: "RunConfig", prediction: "Prediction", gpus: int) -> str:
     setting = prediction.setting
     each = f" on each of {gpus} cards" if gpus > 1 else ""
+    compute = "" if setting.compute == "bf16" else f", compute {setting.compute}"
     return (
         f"{config.model}, a micro-step of {setting.rows} x {setting.length:,} tokens, "
-        f"memory {setting.memory}{each}"
+        f"memory {setting.memory}{compute}{each}"
     )
 
 

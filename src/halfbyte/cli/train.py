@@ -128,6 +128,7 @@ def check(config: "RunConfig") -> None:
     from halfbyte.train.directory import refuse_taken
     from halfbyte.train.display import QuietingConsole
 
+    _check_compute(config)
     refuse_taken(
         Path(config.train.output_dir),
         overwrite=config.train.overwrite_output_dir,
@@ -140,6 +141,18 @@ def check(config: "RunConfig") -> None:
     check_targets(model, lora)
     tokenizer = load_tokenizer(folder, model.get_input_embeddings().num_embeddings)
     QuietingConsole().print(prepare(config.data, tokenizer, seed=config.train.seed).summary)
+
+
+def _check_compute(config: "RunConfig") -> None:
+    """Refuse eight bits where they cannot be; that the model runs fused, its plan finds."""
+    import torch
+
+    from halfbyte.device import resolve_device
+    from halfbyte.engine.projections_fp8 import require_fp8
+
+    if config.train.compute == "fp8":
+        dtype = getattr(torch, config.dtype) if config.dtype else torch.bfloat16
+        require_fp8(resolve_device(config.device), dtype)
 
 
 def _owners(owners: Mapping[str, int]) -> str:

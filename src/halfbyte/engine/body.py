@@ -56,7 +56,7 @@ class FusedBody:
         if isinstance(memory, str) and memory not in _MEMORY:
             raise ConfigError(f"expected memory of {_MEMORY} or a number of bytes, got {memory!r}")
         self.model = model
-        self.memory, self.max_tile = memory, max_tile
+        self.memory, self.max_tile, self.kind = memory, max_tile, kind
         self.layers = [kind(layer, model.config, index) for index, layer in enumerate(model.layers)]
         self._angles = Angles(model.rotary_emb, [layer.rope for layer in self.layers])
         self._choices: dict[tuple[int, bool], policy.Choice] = {}
@@ -70,11 +70,14 @@ class FusedBody:
 
     def with_memory(self, memory: str | int, *, max_tile: int | None = None) -> "FusedBody":
         """Return a body over the same layers that saves more or less."""
-        kind = type(self.layers[0])
-        body = FusedBody(self.model, memory=memory, kind=kind, max_tile=max_tile)
+        body = FusedBody(self.model, memory=memory, kind=self.kind, max_tile=max_tile)
         body._graphs.is_stopped = self._graphs.is_stopped
         body._offload = self._offload
         return body
+
+    def with_kind(self, kind: type[FusedLayer]) -> "FusedBody":
+        """Return a body over the same layers that runs them in another way."""
+        return FusedBody(self.model, memory=self.memory, kind=kind, max_tile=self.max_tile)
 
     def __call__(
         self,
@@ -233,6 +236,7 @@ class FusedBody:
         left = tile = 0
         for tile in policy.tiles(num_tokens, self.max_tile):
             working = policy.working_bytes(shape, hidden_size, tokens, itemsize, tile)
+            working += max(layer.quantized_bytes(tokens, tile) for layer in self.layers)
             left = int(free_bytes * (1 - _RESERVE)) - working - (all_weights if tile else largest)
             if left >= policy.least_bytes(count, sizes, offloads=offloads):
                 break

@@ -104,6 +104,11 @@ class FusedLayer:
         """Return what the largest wide matrix takes where none stays."""
         return max(siblings.passing_bytes(itemsize) for siblings in self.all_siblings)
 
+    def quantized_bytes(self, tokens: int, tile: int) -> int:
+        """Return what a product makes of its rows at most, where only qkv's are not in tiles."""
+        behind = max(siblings.row_bytes for siblings in self.all_siblings[1:])
+        return max(self.qkv.row_bytes * tokens, behind * (tile or tokens))
+
     def run(
         self,
         x: Tensor,

@@ -8,6 +8,7 @@ from torch import nn
 from halfbyte.engine.attention import has_windows
 from halfbyte.engine.families import ACTIVATIONS, family_of, parts_of
 from halfbyte.engine.layer import dropout_of
+from halfbyte.errors import ConfigError
 
 
 def obstacle(model: nn.Module) -> str | None:
@@ -29,6 +30,22 @@ def obstacle(model: nn.Module) -> str | None:
         projections = parts_of(layer, config).projections.values()
         dropouts |= {dropout_of(module) for module in projections if hasattr(module, "lora_A")}
     return None if len(dropouts) < 2 else "its adapters have different dropouts"
+
+
+def require_fused(reason: str | None) -> None:
+    """Refuse eight bits for a model that cannot run fused.
+
+    Args:
+        reason: Why it cannot; None where it can.
+
+    Raises:
+        ConfigError: it cannot.
+    """
+    if reason is not None:
+        raise ConfigError(
+            f"compute: fp8 needs a model that runs fused, and this one does not: {reason}",
+            hint="leave compute at bf16",
+        )
 
 
 def _layer_obstacle(layer: Any, config: Any) -> str | None:

@@ -134,6 +134,11 @@ class Siblings:
         pairs = ((p.lora_A, p.lora_B) for p in self.projections)
         return tuple(t for pair in pairs for t in pair if t is not None)
 
+    @property
+    def row_bytes(self) -> int:
+        """What a product makes of each row that it reads, beside what it returns."""
+        return 0
+
     def passing_bytes(self, itemsize: int) -> int:
         """Return what the wide matrix takes while a product runs."""
         return (self.outputs + self.rank) * (self.inputs + self.rank) * itemsize

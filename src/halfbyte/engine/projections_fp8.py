@@ -36,16 +36,21 @@ _CAPABILITY = (8, 9)
 _MULTIPLE = 16
 
 
-def require_fp8(device: torch.device) -> None:
-    """Check that a device multiplies e4m3 numbers.
+def require_fp8(device: torch.device, dtype: torch.dtype) -> None:
+    """Check that a device multiplies e4m3 numbers, and that what it gives is what a model takes.
+
+    Args:
+        device: Where the model is.
+        dtype: Of its activations.
 
     Raises:
-        ConfigError: it is no GPU, or one before Ada and Hopper.
+        ConfigError: it is no GPU, or one before Ada and Hopper; or the model is not in bfloat16.
     """
     found = str(device)
     if device.type == "cuda":
         capability = torch.cuda.get_device_capability(device)
         if capability >= _CAPABILITY:
+            _require_bfloat16(dtype)
             return
         found = f"{torch.cuda.get_device_name(device)}, {capability[0]}.{capability[1]}"
     raise ConfigError(
@@ -53,6 +58,15 @@ def require_fp8(device: torch.device) -> None:
         f"more (Ada, Hopper, Blackwell), got {found}",
         hint="leave compute at bf16",
     )
+
+
+def _require_bfloat16(dtype: torch.dtype) -> None:
+    # Products of rows with scales of their own come in no other dtype.
+    if dtype != torch.bfloat16:
+        raise ConfigError(
+            f"compute: fp8 needs a model that is loaded in bfloat16, got {dtype}",
+            hint="set dtype: bfloat16, or leave compute at bf16",
+        )
 
 
 def fp8_siblings(projections: tuple[Projection, ...], dropout: float, salt: int) -> Siblings:
@@ -80,6 +94,11 @@ class Fp8Siblings(Siblings):
     def scales(self) -> tuple[Tensor, Tensor]:
         """Of the rows of the weights, and of those of their transpose."""
         return row_scales(self.projections)
+
+    @property
+    def row_bytes(self) -> int:
+        """The longer of what both products read, in eight bits, with its scale."""
+        return max(self.inputs, self.outputs) + border_columns(self.rank) + 4
 
     def passing_bytes(self, itemsize: int) -> int:
         """Return what the factors and the larger of both matrices take."""

@@ -27,12 +27,15 @@ _SPREAD = 2.0**-8
 
 def row_scales(parts: Sequence[Part]) -> tuple[Tensor, Tensor]:
     """Return the scales of the rows of W, float32 `[N]`, and of those of its transpose, `[K]`."""
-    outputs, inputs = [], []
-    for part in parts:
-        weight = dense(part.weight, torch.bfloat16)
-        outputs.append(torch.linalg.vector_norm(weight, torch.inf, dim=1))
-        inputs.append(torch.linalg.vector_norm(weight, torch.inf, dim=0))
+    outputs, inputs = zip(*map(_largest, parts), strict=True)
     return _scale(torch.cat(outputs)), _scale(torch.stack(inputs).amax(0))
+
+
+def _largest(part: Part) -> tuple[Tensor, Tensor]:
+    # Of its own, so that one part's weights are gone before the next part's are there.
+    weight = dense(part.weight, torch.bfloat16)
+    rows, columns = (torch.linalg.vector_norm(weight, torch.inf, dim=dim) for dim in (1, 0))
+    return rows, columns
 
 
 def _scale(largest: Tensor) -> Tensor:

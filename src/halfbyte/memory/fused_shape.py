@@ -5,19 +5,56 @@ Shape letters as in `fused_step`.
 
 from dataclasses import dataclass
 
+from halfbyte.kernels.fp8 import border_columns
+
 
 @dataclass(frozen=True)
 class Group:
-    """Projections of one input: inputs K, outputs N, ranks R (as padded), adapters in elements."""
+    """Projections of one input: inputs K, outputs N, ranks R (as padded), adapters in elements.
+
+    With `is_fp8` they multiply in eight bits: rows of what is multiplied have P more columns and a
+    float32 scale, and the backward reads another matrix than the forward (`kernels/fp8.py`).
+    """
 
     inputs: int
     outputs: int
     rank: int
     adapter_elements: int
+    is_fp8: bool = False
 
-    def wide_elements(self) -> int:
-        """Return the elements of the dequantized matrix with its border."""
-        return (self.outputs + self.rank) * (self.inputs + self.rank)
+    def wide_bytes(self, itemsize: int) -> int:
+        """Return the bytes of the dequantized matrix with its border; of LoRA's factors in fp8."""
+        if self.is_fp8:
+            return self.rank * (self.inputs + self.outputs) * itemsize
+        return (self.outputs + self.rank) * (self.inputs + self.rank) * itemsize
+
+    def matrix_bytes(self, *, is_backward: bool) -> int:
+        """Return the bytes of a matrix in eight bits, `[N, K + P]` or `[K, N + P]`."""
+        read, given = self._sizes(is_backward=is_backward)
+        return given * self._row_bytes(read)
+
+    def quantized_bytes(self, tokens: int, *, is_backward: bool) -> int:
+        """Return the bytes of what is multiplied with it, with scales."""
+        read, _ = self._sizes(is_backward=is_backward)
+        return tokens * (self._row_bytes(read) + 4 * self.is_fp8)
+
+    def staying_bytes(self, itemsize: int) -> int:
+        """Return the bytes of what stays where weights do."""
+        if not self.is_fp8:
+            return self.wide_bytes(itemsize)
+        return self.matrix_bytes(is_backward=False) + self.matrix_bytes(is_backward=True)
+
+    def scale_bytes(self) -> int:
+        """Return the bytes of the scales of both matrices, which always stay."""
+        return 4 * (self.inputs + self.outputs) if self.is_fp8 else 0
+
+    def _sizes(self, *, is_backward: bool) -> tuple[int, int]:
+        """Return the columns that a product reads and that it gives."""
+        sizes = self.inputs, self.outputs
+        return sizes[::-1] if is_backward else sizes
+
+    def _row_bytes(self, columns: int) -> int:
+        return columns + border_columns(self.rank) if self.is_fp8 else 0
 
 
 @dataclass(frozen=True)
@@ -87,5 +124,9 @@ class FusedShape:
         return tokens * (columns[level] * self.itemsize + 4 * numbers[level])
 
     def weight_bytes(self) -> int:
-        """Return the bytes of all of a layer's dequantized matrices."""
-        return sum(group.wide_elements() for group in self.groups) * self.itemsize
+        """Return the bytes of all of a layer's dequantized matrices that stay."""
+        return sum(group.staying_bytes(self.itemsize) for group in self.groups)
+
+    def scale_bytes(self) -> int:
+        """Return the bytes of a layer's scales of rows in eight bits."""
+        return sum(group.scale_bytes() for group in self.groups)

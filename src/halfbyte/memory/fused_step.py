@@ -17,6 +17,7 @@ from halfbyte.memory.ledger import Ledger
 
 SAVED = "saved activations"
 WORK = "working activations"
+EIGHT_BITS = "activations in eight bits"
 WEIGHTS = "dequantize workspace"
 ADAPTER_GRADS = "gradients of one layer's adapters"
 LOGITS = "logits"
@@ -109,7 +110,24 @@ class FusedStep:
         return self.tokens * columns * (itemsize or self.shape.itemsize)
 
     def _wide(self, group: Group) -> int:
-        return 0 if self._staying else group.wide_elements() * self.shape.itemsize
+        """The dequantized matrix, where it does not stay; in fp8 LoRA's factors, which never do."""
+        is_there = self._staying and not group.is_fp8
+        return 0 if is_there else group.wide_bytes(self.shape.itemsize)
+
+    def _shared(self, group: Group, *, is_backward: bool) -> int:
+        """What all tiles read; in fp8 a backward, which begins with a forward, reads both."""
+        if self._staying:
+            return 0
+        if is_backward or not group.is_fp8:
+            return group.staying_bytes(self.shape.itemsize)
+        return group.matrix_bytes(is_backward=False)
+
+    def _multiply(self, group: Group, *, is_backward: bool = False) -> None:
+        """The worst moment of a product in eight bits; one in 16 takes nothing of its own."""
+        matrix = 0 if self._staying else group.matrix_bytes(is_backward=is_backward)
+        quantized = group.quantized_bytes(self.tokens, is_backward=is_backward)
+        with self.ledger.hold(WEIGHTS, matrix), self.ledger.hold(EIGHT_BITS, quantized):
+            pass
 
     def _saved_in_attention(self) -> list[int]:
         """`x A^T` and the norm's factors, then q, k, v; with normed heads twice; then attention."""
@@ -144,10 +162,11 @@ class FusedStep:
             ledger.hold(WORK, self._rows(shape.hidden + shape.qkv.rank)),
         ):
             self._take(self._saved_in_attention()[:2])
+            self._multiply(shape.qkv)
         self._take(self._saved_in_attention()[2:])
         is_tiled = self.tile > 0 and (keep != "all" or is_again)
         if not is_tiled:
-            self._second_half()
+            self._second_half(is_again=is_again)
         else:
             ledger.take(SAVED, self._rows(shape.hidden))  # y
             if not is_again:
@@ -161,16 +180,22 @@ class FusedStep:
             self._give([*self._saved_in_attention(), *([] if is_tiled else self._saved_of_down())])
 
     @contextlib.contextmanager
-    def _in_tile(self) -> Iterator[None]:
+    def _in_tile(self, *, is_backward: bool = False) -> Iterator[None]:
         """Count the tokens of one tile inside the block, and weights that all tiles share."""
         shape, before = self.shape, (self.tokens, self._staying)
-        with self.ledger.hold(WEIGHTS, *map(self._wide, (shape.o, shape.gate_up, shape.down))):
+        groups = (shape.o, shape.gate_up, shape.down)
+        shared = [self._shared(group, is_backward=is_backward) for group in groups]
+        with self.ledger.hold(WEIGHTS, *shared):
             self.tokens, self._staying = self.tile, True
             yield
             self.tokens, self._staying = before
 
-    def _second_half(self) -> None:
-        """From attention to y, with all that is saved for the backward."""
+    def _second_half(self, *, is_again: bool = False) -> None:
+        """From attention to y, with all that is saved for the backward.
+
+        Args:
+            is_again: Whether nobody reads y.
+        """
         ledger, shape = self.ledger, self.shape
         self._middle_and_mlp()
         with (
@@ -180,6 +205,8 @@ class FusedStep:
             self._take(self._saved_of_down())
             with ledger.hold(WORK, self._rows(shape.branch)):
                 ledger.take(SAVED, self._rows(shape.hidden))  # y
+            if not is_again or shape.has_branch_norms:
+                self._multiply(shape.down)
 
     def _middle_and_mlp(self) -> None:
         """O, the norm, gate and up: what a layer that saves only attention computes again."""
@@ -191,11 +218,13 @@ class FusedStep:
             ledger.hold(WEIGHTS, self._wide(shape.o)),
             ledger.hold(WORK, border, self._rows(shape.hidden)),
         ):
-            self._take([o_xa, mid, o_out])
+            ledger.take(SAVED, o_xa)
+            self._multiply(shape.o)
+            self._take([mid, o_out])
             ledger.take(WORK, normed)
         with ledger.hold(WEIGHTS, self._wide(shape.gate_up)):
-            ledger.take(SAVED, gate_up_xa)
-            ledger.take(SAVED, gate_up)
+            self._take([gate_up_xa, gate_up])
+            self._multiply(shape.gate_up)
         ledger.give(WORK, normed)
 
     def _head(self, labels: int, vocabulary: int, chunk_rows: int) -> None:
@@ -242,8 +271,8 @@ class FusedStep:
         grads = 4 * sum(g.adapter_elements for g in (shape.o, shape.gate_up, shape.down))
         ledger.take(WORK, self._rows(shape.width))
         ledger.take(WORK, self._rows(shape.hidden))
-        with self._in_tile(), ledger.hold(ADAPTER_GRADS, grads):  # summed over tiles
-            self._second_half()
+        with self._in_tile(is_backward=True), ledger.hold(ADAPTER_GRADS, grads):  # sums over tiles
+            self._second_half(is_again=True)
             self._backward_mlp(frees_early=False)
             ledger.give(SAVED, self._rows(shape.hidden))  # y again
             ledger.give(WORK, self._rows(shape.width))
@@ -259,12 +288,14 @@ class FusedStep:
             ledger.hold(WORK, border or self._rows(shape.branch)),
             ledger.hold(WEIGHTS, self._wide(shape.down)),
             ledger.hold(WORK, self._rows(shape.intermediate)),
-            ledger.hold(ADAPTER_GRADS, *self._gated_partials()),
         ):
-            pass
+            self._multiply(shape.down, is_backward=True)
+            with ledger.hold(ADAPTER_GRADS, *self._gated_partials()):
+                pass
         ledger.take(ADAPTER_GRADS, grads)
         with ledger.hold(WEIGHTS, self._wide(shape.gate_up)):
             ledger.take(WORK, hidden)  # the gradient of the norm's output
+            self._multiply(shape.gate_up, is_backward=True)
         if frees_early:
             ledger.give(SAVED, gate_up)
         grad_mid = self._rows(shape.hidden + shape.o.rank)
@@ -275,6 +306,7 @@ class FusedStep:
             ledger.hold(WORK, grad_mid if shape.has_branch_norms else 0),
         ):
             ledger.take(WORK, self._rows(shape.width))  # the gradient of attention
+            self._multiply(shape.o, is_backward=True)
         ledger.give(ADAPTER_GRADS, grads)
         self._give(self._saved_in_mlp()[: -1 if frees_early else None])
         self._give(self._saved_of_down())
@@ -299,6 +331,7 @@ class FusedStep:
         ):
             if not is_first:
                 ledger.take(WORK, hidden)
+                self._multiply(shape.qkv, is_backward=True)
             ledger.take(ADAPTER_GRADS, grads)
         if not is_first:
             ledger.take(WORK, self._rows(shape.down.rank))  # the border of the new gradient

@@ -2,6 +2,7 @@
 
 from halfbyte.engine.body import FusedBody
 from halfbyte.engine.projections import Siblings
+from halfbyte.engine.projections_fp8 import Fp8Siblings
 from halfbyte.memory.fused_shape import FusedShape, Group
 
 
@@ -32,4 +33,5 @@ def fused_shape(body: FusedBody, itemsize: int) -> FusedShape:
 
 def _group(siblings: Siblings) -> Group:
     elements = sum(adapter.numel() for adapter in siblings.adapters)
-    return Group(siblings.inputs, siblings.outputs, siblings.rank, elements)
+    is_fp8 = isinstance(siblings, Fp8Siblings)
+    return Group(siblings.inputs, siblings.outputs, siblings.rank, elements, is_fp8=is_fp8)

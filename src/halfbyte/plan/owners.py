@@ -17,6 +17,7 @@ DENSE = "weights in 16 and 32 bits"
 ADAPTERS = "adapters"
 GRADIENTS = "gradients"
 OPTIMIZER = "optimizer"
+ROW_SCALES = "scales of rows in eight bits"
 LIBRARIES = "library workspaces"
 # cuBLAS: 32 MiB for the forward's and the backward's thread each (PyTorch's size on Hopper, less
 # elsewhere), and as much again on the stream that CUDA graphs are recorded on.

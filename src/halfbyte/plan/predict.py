@@ -11,7 +11,8 @@ from halfbyte.engine import policy
 from halfbyte.engine.body import FusedBody
 from halfbyte.engine.families import text_part
 from halfbyte.engine.graph import LARGE_SHARE, LARGE_TOKENS, MAX_TOKENS
-from halfbyte.engine.obstacle import obstacle
+from halfbyte.engine.layer import Fp8Layer, FusedLayer
+from halfbyte.engine.obstacle import obstacle, require_fused
 from halfbyte.memory.activations import checkpoint_activations
 from halfbyte.memory.fused_step import FusedStep
 from halfbyte.memory.ledger import Ledger, Peak
@@ -19,6 +20,7 @@ from halfbyte.plan.cards import CONTEXT_BYTES, usable_bytes
 from halfbyte.plan.fused import fused_shape
 from halfbyte.plan.owners import (
     OPTIMIZER,
+    ROW_SCALES,
     library_bytes,
     optimizer_bytes,
     persistent_bytes,
@@ -39,6 +41,7 @@ class Setting:
         rows: Sequences of a micro-step.
         length: Tokens of each.
         memory: "auto", "lean", "fast", or bytes for saved activations.
+        compute: "bf16", or "fp8".
         state_bits: Of the optimizer's moments, 32 or 8.
         is_paged: Whether these may leave for the host.
         is_checkpointed: `gradient_checkpointing`: every layer is computed twice.
@@ -49,6 +52,7 @@ class Setting:
     rows: int = 1
     length: int = 2048
     memory: str | int = "auto"
+    compute: str = "bf16"
     state_bits: int = 32
     is_paged: bool = True
     is_checkpointed: bool = False
@@ -113,7 +117,7 @@ class Planner:
         self._vocabulary = int(head.weight.shape[0])
         self._itemsize = int(causal.dtype.itemsize)
         self._input_bytes = int(causal.get_input_embeddings().weight.shape[1]) * self._itemsize
-        self._fused: dict[str | int, FusedBody] = {}
+        self._fused: dict[tuple[str | int, str], FusedBody] = {}
         self._traced: dict[tuple[int, int, bool], Peak] = {}
 
     def predict(self, setting: Setting) -> Prediction:
@@ -121,7 +125,12 @@ class Planner:
 
         Paged state counts as on the card where the step fits with it, else as away; with "lean" it
         is always away.
+
+        Raises:
+            ConfigError: `compute` is "fp8", and the model does not run fused.
         """
+        if setting.compute == "fp8":
+            require_fused(self.why_unfused)
         state = optimizer_bytes(self.elements, setting.state_bits)
         if setting.is_checkpointed and self.why_unfused is None:
             setting = replace(setting, memory="lean")
@@ -137,6 +146,8 @@ class Planner:
         persistent = {**self.persistent, OPTIMIZER: resident}
         choice = policy.Choice([])
         if self.why_unfused is None:
+            shape = fused_shape(self._fused_body(setting), self._itemsize)
+            persistent[ROW_SCALES] = shape.scale_bytes() * len(self.body.layers)
             choice = self._choose(setting, sum(persistent.values()))
             peak = self._fused_peak(setting, choice, persistent)
         else:
@@ -160,13 +171,18 @@ class Planner:
 
     def _choose(self, setting: Setting, persistent: int) -> policy.Choice:
         """Return what the layers keep on this card."""
-        if setting.memory not in self._fused:
-            self._fused[setting.memory] = FusedBody(self.body, memory=setting.memory)
         free = persistent * 100  # no card: nothing is short
         if setting.total_bytes is not None:
             free = max(setting.total_bytes - CONTEXT_BYTES - persistent, 0)
-        body = self._fused[setting.memory]
+        body = self._fused_body(setting)
         return body.choose(setting.tokens, self._itemsize, free, setting.host_bytes)
+
+    def _fused_body(self, setting: Setting) -> FusedBody:
+        key = setting.memory, setting.compute
+        if key not in self._fused:
+            kind = Fp8Layer if setting.compute == "fp8" else FusedLayer
+            self._fused[key] = FusedBody(self.body, memory=setting.memory, kind=kind)
+        return self._fused[key]
 
     def _fused_peak(
         self, setting: Setting, choice: policy.Choice, persistent: Mapping[str, int]
@@ -195,7 +211,7 @@ class Planner:
         ledger = Ledger(persistent)
         step = FusedStep(
             ledger,
-            fused_shape(self._fused[setting.memory], self._itemsize),
+            fused_shape(self._fused_body(setting), self._itemsize),
             setting.tokens,
             choice.levels,
             choice.num_staying,

@@ -23,7 +23,7 @@ MARK = (
 _SETTINGS = (
     "learning_rate", "lr_scheduler_type", "warmup_ratio", "num_train_epochs", "max_steps",
     "per_device_train_batch_size", "gradient_accumulation_steps", "optim", "weight_decay",
-    "max_grad_norm", "seed",
+    "max_grad_norm", "compute", "seed",
 )  # fmt: skip
 _ADAPTER = ("r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "target_modules")
 _MOST_POINTS = 40
@@ -112,7 +112,9 @@ def _introduction(
     what = "A model" if is_merged else "An adapter"
     licence = _licence(base) or "see there"
     shown = Path(base).name if Path(base).is_dir() else base
-    return f"{what} trained with {how} on {shown or 'a base'}. Licence of the base: {licence}."
+    is_fp8 = (record.get("settings") or {}).get("compute") == "fp8"
+    way = ", its layers multiplied in eight bits (`compute: fp8`)" if is_fp8 else ""
+    return f"{what} trained with {how} on {shown or 'a base'}{way}. Licence of the base: {licence}."
 
 
 def _results(run: Path, record: Mapping[str, Any]) -> str:

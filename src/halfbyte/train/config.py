@@ -15,6 +15,7 @@ from halfbyte.optim.schedule import SCHEDULES
 from halfbyte.plan.cards import parse_size
 
 When = Literal["no", "steps", "epoch"]
+Compute = Literal["bf16", "fp8"]
 _MODES = ("auto", "lean", "fast")
 TRACKERS = (
     "aim",
@@ -81,6 +82,9 @@ class TrainConfig(BaseModel):
     memory: str = "auto"
     """On a GPU, what saved activations may take: `auto` what is free, `lean` the least (inputs of
     layers and the optimizer's state in host memory), `fast` all there are; or a size: `6GiB`."""
+    compute: Compute = "bf16"
+    """`fp8`: fused layers multiply in eight bits, which is faster and not QLoRA's arithmetic; needs
+    a GPU of compute capability 8.9 or more. `bf16`: in the model's own 16 bits."""
     gradient_checkpointing: bool = False
     """Recompute each layer in the backward pass: less memory, about a third more time."""
     gradient_checkpointing_kwargs: dict[str, Any] | None = None

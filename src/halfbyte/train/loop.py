@@ -211,7 +211,7 @@ def _evaluate(run: Run, interruption: Interruption) -> float | None:
         return None
     start = time.perf_counter()
     result = evaluate_rows(
-        run.steps.model,
+        run.steps.model.in_bf16(),
         run.inputs.eval,
         batch_size=run.config.per_device_eval_batch_size,
         pad_token_id=run.pad_token_id,

@@ -23,11 +23,10 @@ from transformers import PreTrainedModel
 from halfbyte.data.loader import Batch
 from halfbyte.engine.body import FusedBody, layer_kind
 from halfbyte.engine.families import text_part
-from halfbyte.engine.layer import Fp8Layer
-from halfbyte.engine.obstacle import obstacle
+from halfbyte.engine.layer import Fp8Layer, FusedLayer
+from halfbyte.engine.obstacle import obstacle, require_fused
 from halfbyte.engine.packed import merge, pack
 from halfbyte.engine.projections_fp8 import require_fp8
-from halfbyte.errors import ConfigError
 from halfbyte.kernels.cross_entropy import linear_cross_entropy
 from halfbyte.models.attention import use_cpu_attention
 
@@ -111,21 +110,29 @@ class LanguageModel:
         return cls(model, body, head)
 
     def _in_fp8(self) -> "LanguageModel":
-        require_fp8(next(self.model.parameters()).device)
+        embedding: Tensor = self.model.get_input_embeddings().weight  # type: ignore[operator]
+        require_fp8(embedding.device, embedding.dtype)
         if isinstance(self.body, FusedBody):
-            body = FusedBody(self.body.model, memory=self.body.memory, kind=Fp8Layer)
-            return dataclasses.replace(self, body=body)
-        why = None if self.body is None else obstacle(self.body)
-        raise ConfigError(
-            "compute: fp8 needs a model that runs fused, and this one does not: "
-            + (why or "its values are not those of the fused layers"),
-            hint="leave compute at bf16",
-        )
+            return dataclasses.replace(self, body=self.body.with_kind(Fp8Layer))
+        reason = None if self.body is None else obstacle(self.body)
+        require_fused(reason or "its values are not those of the fused layers")
+        return self
+
+    def in_bf16(self) -> "LanguageModel":
+        """Return the model as it is used when it is trained: its products in 16 bits."""
+        if not isinstance(self.body, FusedBody) or not self.is_fp8:
+            return self
+        return dataclasses.replace(self, body=self.body.with_kind(FusedLayer))
 
     @property
     def is_fused(self) -> bool:
         """Whether the decoder layers run fused."""
         return isinstance(self.body, FusedBody)
+
+    @property
+    def is_fp8(self) -> bool:
+        """Whether they multiply in eight bits."""
+        return isinstance(self.body, FusedBody) and self.body.kind is Fp8Layer
 
     def micro_steps(self, batches: Sequence[Batch]) -> list[list[Batch]]:
         """Return the micro-batches in the groups that go through the model together.

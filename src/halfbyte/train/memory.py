@@ -124,6 +124,7 @@ def _setting(config: TrainConfig, *, rows: int, length: int, total_bytes: int | 
         rows=rows,
         length=length,
         memory=config.activations,
+        compute=config.compute,
         state_bits=state_bits,
         is_paged=is_paged,
         is_checkpointed=config.gradient_checkpointing,

@@ -126,7 +126,7 @@ def assemble(
     if config.gradient_checkpointing:
         checkpoint_activations(model, config.gradient_checkpointing_kwargs)
     memory = "lean" if config.gradient_checkpointing else config.activations
-    parts = LanguageModel.of(model, memory=memory)
+    parts = LanguageModel.of(model, memory=memory, compute=config.compute)
     steps = Survivor(
         parts,
         AdamW(
@@ -244,8 +244,13 @@ def _packing_notices(run: Run) -> list[Notice]:
 
 def _precision_notices(run: Run) -> list[Notice]:
     wanted = torch.bfloat16 if run.config.bf16 else torch.float16 if run.config.fp16 else None
-    if wanted is None or run.model.dtype == wanted:
-        return []
-    return [
-        Notice(f"the model was loaded for {run.model.dtype}, and trains in that, not in {wanted}")
-    ]
+    notices = []
+    if wanted is not None and run.model.dtype != wanted:
+        dtype = run.model.dtype
+        notices.append(f"the model was loaded for {dtype}, and trains in that, not in {wanted}")
+    if run.steps.model.is_fp8:
+        notices.append(
+            "compute: fp8: training multiplies layers in eight bits, which is not QLoRA's "
+            "arithmetic; evaluation and the saved adapter are as ever (docs/fp8.md)"
+        )
+    return [Notice(notice) for notice in notices]
