@@ -10,9 +10,6 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
-
-from halfbyte.kernels.matvec_4bit_parts_triton import early
 
 _PROGRAMS = 256
 _BLOCK = 64
@@ -35,11 +32,7 @@ def _turned(at, cos, sin, mask, D: tl.constexpr):
 def _attend_kernel(
     qkv, cos_table, sin_table, positions, keys, values, partial, largest, sums, scale, L, num_parts,
     N: tl.constexpr, M: tl.constexpr, D: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK: tl.constexpr,
-    EARLY: tl.constexpr,
 ):  # fmt: skip
-    if EARLY:
-        gdc_launch_dependents()
-        gdc_wait()
     part, kv, b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     GROUP: tl.constexpr = N // M
     d = tl.arange(0, D)
@@ -90,11 +83,8 @@ def _attend_kernel(
 @triton.jit
 def _join_kernel(
     partial, largest, sums, out, num_parts,
-    D: tl.constexpr, BLOCK_P: tl.constexpr, EARLY: tl.constexpr,
+    D: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
-    if EARLY:
-        gdc_launch_dependents()
-        gdc_wait()
     head = tl.program_id(0).to(tl.int64)
     d = tl.arange(0, D)
     part = tl.arange(0, BLOCK_P)
@@ -119,10 +109,10 @@ def decode_attention_(qkv, cos, sin, positions, keys, values, scale) -> Tensor:
         _attend_kernel[(parts, M, B)](
             qkv, cos, sin, positions, keys, values, partial, largest, sums, scale, L, parts,
             N=N, M=M, D=D, BLOCK_G=max(triton.next_power_of_2(N // M), 16), BLOCK=_BLOCK,
-            num_warps=4, **early(qkv.device),
+            num_warps=4,
         )  # fmt: skip
         _join_kernel[(B * N,)](
             partial, largest, sums, out, parts,
-            D=D, BLOCK_P=triton.next_power_of_2(parts), num_warps=4, **early(qkv.device),
+            D=D, BLOCK_P=triton.next_power_of_2(parts), num_warps=4,
         )  # fmt: skip
     return out

@@ -2,8 +2,6 @@
 
 # mypy: allow-untyped-defs, allow-incomplete-defs
 
-import functools
-
 import torch
 import triton
 import triton.language as tl
@@ -88,18 +86,3 @@ def weights_of(group, absent: Tensor, dtype: torch.dtype) -> tuple[list[Tensor],
         pointers += levels if weight.nested_absmax is not None else (absent,) * 3
         rows.append(weight.shape[0] if i < len(group.weights) else 0)
     return pointers, rows
-
-
-@functools.cache
-def overlaps(device: torch.device) -> bool:
-    """Whether kernels may begin before the one in front of them ends, waiting where they need it.
-
-    (Programmatic dependent launch. Each kernel that begins early lets the next one begin, prepares
-    what depends on weights alone, and waits; what is in front of it has then ended too.)
-    """
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
-
-
-def early(device: torch.device) -> dict[str, bool]:
-    """Return the launch settings of a kernel that begins early where that works."""
-    return {"EARLY": True, "launch_pdl": True} if overlaps(device) else {"EARLY": False}

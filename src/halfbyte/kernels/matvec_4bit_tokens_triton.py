@@ -14,12 +14,10 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from halfbyte.kernels.lookup_4bit import pair_lookup
 from halfbyte.kernels.matvec_4bit_parts_triton import (
     before_product,
-    early,
     norm_scale,
     scales,
     sibling_of,
@@ -38,7 +36,7 @@ _LARGEST = 2.0**15
 def _prepare_kernel(
     x, norm, eps, lora_A, prepared, sizes, xa, num_ranks,
     K: tl.constexpr, WIDTH: tl.constexpr, BEFORE: tl.constexpr, LARGEST: tl.constexpr,
-    BLOCK: tl.constexpr, SHARE: tl.constexpr, BLOCK_S: tl.constexpr, EARLY: tl.constexpr,
+    BLOCK: tl.constexpr, SHARE: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
     """Program (p, t) makes element p of `f(x_t) A^T` and SHARE elements of f(x_t).
 
@@ -46,9 +44,6 @@ def _prepare_kernel(
     product: of 64, the four elements of unit u are at u, 16 + u, 32 + u and 48 + u.
     """
     pid, token = tl.program_id(0), tl.program_id(1)
-    if EARLY:
-        gdc_launch_dependents()
-        gdc_wait()
     x += token * WIDTH
     scale = 1.0
     if BEFORE == "norm":
@@ -132,11 +127,9 @@ def _tokens_kernel(
     K: tl.constexpr, SIZE: tl.constexpr, NESTED: tl.constexpr,
     PARTS: tl.constexpr, ROWS: tl.constexpr, BLOCK_T: tl.constexpr, STAGES: tl.constexpr,
     PICK0: tl.constexpr, PICK1: tl.constexpr, EVEN: tl.constexpr, ODD: tl.constexpr,
-    SCALE: tl.constexpr, ZERO: tl.constexpr, AHEAD: tl.constexpr, EARLY: tl.constexpr,
+    SCALE: tl.constexpr, ZERO: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
     """ROWS rows of a sibling for BLOCK_T tokens; each of PARTS warps takes a part of the inputs."""
-    if EARLY:
-        gdc_launch_dependents()
     sibling, tile, first, N, packed, absmax, nested, nested_map, offset = sibling_of(
         tl.program_id(0), N0, N1, N2,
         packed0, absmax0, nested0, map0, offset0,
@@ -156,8 +149,6 @@ def _tokens_kernel(
             (packed + row * (K // 4) + part * 16).to(tl.int64),
             tl.minimum(LENGTH, BLOCKS - part) * 32 + row * 0, AHEAD,
         )  # fmt: skip
-    if EARLY:
-        gdc_wait()
     unit = tl.arange(0, 16)
     token = tl.program_id(1) * BLOCK_T + tl.arange(0, BLOCK_T)
     minus_zero = tl.full([PARTS, ROWS, 16], -ZERO, tl.float16)
@@ -255,7 +246,7 @@ def prepare(x, group, before) -> tuple[Tensor, Tensor, Tensor]:
         K=K, WIDTH=x.shape[1], LARGEST=_LARGEST,
         BEFORE="norm" if is_norm else "" if before is None else before.activation,
         BLOCK=block, SHARE=share, BLOCK_S=triton.next_power_of_2(share),
-        num_warps=max(min(block // 512, 16), 1), **early(x.device),
+        num_warps=max(min(block // 512, 16), 1),
     )  # fmt: skip
     return prepared, sizes, xa
 
@@ -281,6 +272,6 @@ def multiply(prepared, sizes, xa, group, residual, dtype, tile) -> Tensor:
         PARTS=tile.parts, ROWS=tile.rows, BLOCK_T=block_t, STAGES=tile.stages,
         PICK0=how.pick[0], PICK1=how.pick[1], EVEN=how.join[0], ODD=how.join[1],
         SCALE=how.scale * 2 / _LARGEST, ZERO=how.zero, AHEAD=tile.ahead if how.pick[0] else 0,
-        num_warps=tile.parts, **early(prepared.device),
+        num_warps=tile.parts,
     )  # fmt: skip
     return out

@@ -13,13 +13,11 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from halfbyte.kernels.lookup_4bit import lookup
 from halfbyte.kernels.matvec_4bit import matvec_4bit as _dispatching_matvec_4bit
 from halfbyte.kernels.matvec_4bit_parts_triton import (
     before_product,
-    early,
     norm_scale,
     scales,
     sibling_of,
@@ -74,7 +72,6 @@ def _codes(packed, row, is_row, words, WORDS: tl.constexpr):
 def _prepare_kernel(
     x, norm, eps, lora_A, prepared, xa, num_ranks, x_scale,
     K: tl.constexpr, BEFORE: tl.constexpr, BLOCK: tl.constexpr, SHARE: tl.constexpr,
-    EARLY: tl.constexpr,
 ):  # fmt: skip
     """Program p makes element p of `f(x) A^T` and writes SHARE elements of f(x).
 
@@ -82,9 +79,6 @@ def _prepare_kernel(
     the eight elements that meet a word of codes are eight loads of neighbouring lanes.
     """
     pid = tl.program_id(0)
-    if EARLY:
-        gdc_launch_dependents()
-        gdc_wait()
     scale = 1.0
     if BEFORE == "norm":
         scale = norm_scale(x, eps, K, BLOCK)
@@ -110,11 +104,9 @@ def _matvec_kernel(
     RANK: tl.constexpr, BLOCK_R: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
     K: tl.constexpr, SIZE: tl.constexpr, NESTED: tl.constexpr,
     ROWS: tl.constexpr, LANES: tl.constexpr,
-    ASM: tl.constexpr, SCALE: tl.constexpr, SHIFT: tl.constexpr, EARLY: tl.constexpr,
+    ASM: tl.constexpr, SCALE: tl.constexpr, SHIFT: tl.constexpr,
 ):  # fmt: skip
     """ROWS rows of one of the siblings; a lane takes 16 bytes, 32 weights, of each at a time."""
-    if EARLY:
-        gdc_launch_dependents()
     sibling, tile, first, N, packed, absmax, nested, nested_map, offset = sibling_of(
         tl.program_id(0), N0, N1, N2,
         packed0, absmax0, nested0, map0, offset0,
@@ -131,8 +123,6 @@ def _matvec_kernel(
     # Of these words; where blocks are longer, a part of one.
     NUM_BLOCKS: tl.constexpr = max(LANES * 32 // SIZE, 1)
     codes = _codes(packed, row, is_row, words, WORDS)
-    if EARLY:
-        gdc_wait()
     acc = tl.zeros([ROWS, LANES], tl.float32)
     for start in tl.range(0, WORDS, LANES * 4):
         ahead = _codes(packed, row, is_row, words + LANES * 4, WORDS)
@@ -227,7 +217,6 @@ def prepare(x, group, before, x_scale) -> tuple[Tensor, Tensor]:
         x if group.lora_A is None else group.lora_A, prepared, xa, ranks, x_scale,
         K=K, BEFORE="norm" if is_norm else "" if before is None else before.activation,
         BLOCK=block, SHARE=triton.cdiv(K, programs), num_warps=max(min(block // 512, 16), 1),
-        **early(x.device),
     )  # fmt: skip
     return prepared, xa
 
@@ -245,6 +234,6 @@ def multiply(prepared, xa, group, residual, dtype, how, rows) -> Tensor:
         HAS_BIAS=group.bias is not None, HAS_RESIDUAL=residual is not None,
         K=first.shape[1], SIZE=first.block_size, NESTED=first.nested_absmax is not None,
         ROWS=rows, LANES=_LANES, ASM=how.asm, SCALE=how.scale, SHIFT=how.shift / how.x_scale,
-        num_warps=1, **early(prepared.device),
+        num_warps=1,
     )  # fmt: skip
     return out
