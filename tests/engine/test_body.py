@@ -76,6 +76,12 @@ def test_layers_agree_until_one_differs(attention):
     assert not fused.agrees()
 
 
+def test_layers_agree_where_a_trained_adapter_drops_elements():
+    fused = FusedBody(_model(lora_dropout=0.5).train().get_base_model().model)
+    assert fused.agrees()
+    assert fused.model.training
+
+
 @pytest.mark.parametrize("memory", ["fast", "lean", 40_000])
 @pytest.mark.parametrize("kind", CONFIGS)
 def test_hidden_states_and_all_gradients_equal_transformers(kind, memory):

@@ -135,8 +135,16 @@ class FusedBody:
         """Whether every layer gives, from the same input, what transformers' own layer gives.
 
         Layer by layer, since in 16 bits the roundings of many layers add up to more than a small
-        mistake in one of them.
+        mistake in one of them. Nothing is dropped.
         """
+        was_training = self.model.training
+        self.model.eval()
+        try:
+            return self._agrees()
+        finally:
+            self.model.train(was_training)
+
+    def _agrees(self) -> bool:
         device = self.model.embed_tokens.weight.device
         size = self.model.embed_tokens.weight.shape[0]
         positions = torch.arange(_PROBE_TOKENS, device=device).unsqueeze(0)
