@@ -33,6 +33,7 @@ WRONG = {
         "{role: column}",
     ),
     "rows that are too long": ({"max_length": 8}, "max_length", ""),
+    "eight bits on a CPU": ({"compute": "fp8"}, "compute capability 8.9", "bf16"),
     "an optimizer that is not there": ({"optim": "sgd"}, "paged_adamw_32bit", ""),
 }
 

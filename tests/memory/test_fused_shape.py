@@ -1,3 +1,5 @@
+import dataclasses
+
 from halfbyte.memory.fused_shape import FusedShape, Group
 
 SHAPE = FusedShape(
@@ -13,3 +15,24 @@ def test_saved_bytes_of_a_token():
     assert SHAPE.saved_bytes("input", 1) == 512
     assert SHAPE.saved_bytes("attention", 1) == 2 * attention + 20
     assert SHAPE.saved_bytes("all", 1) == 2 * (attention + 256 + 8 + 1024 + 32) + 24
+
+
+def test_bytes_of_a_group_in_sixteen_bits():
+    group = Group(256, 512, 24, 1)
+    assert group.staying_bytes(2) == group.wide_bytes(2) == 536 * 280 * 2
+    assert group.matrix_bytes(is_backward=True) == group.quantized_bytes(9, is_backward=True) == 0
+    assert SHAPE.scale_bytes() == 0
+
+
+def test_bytes_of_a_group_in_eight_bits():
+    group = Group(256, 512, 24, 1, is_fp8=True)
+    columns = 80  # three a rank, whole 16 of them
+    assert group.wide_bytes(2) == 24 * (256 + 512) * 2
+    assert group.matrix_bytes(is_backward=False) == 512 * (256 + columns)
+    assert group.matrix_bytes(is_backward=True) == 256 * (512 + columns)
+    assert group.quantized_bytes(9, is_backward=False) == 9 * (256 + columns + 4)
+    assert group.quantized_bytes(9, is_backward=True) == 9 * (512 + columns + 4)
+    assert group.staying_bytes(2) == 2 * 256 * 512 + (256 + 512) * columns
+    assert group.scale_bytes() == 4 * (256 + 512)
+    bare = dataclasses.replace(group, rank=0)
+    assert bare.staying_bytes(2) == 2 * 256 * 512

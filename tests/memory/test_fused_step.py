@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+from collections import Counter
 
 import pytest
 
@@ -14,6 +15,13 @@ SHAPE = FusedShape(
     qkv=Group(256, 512, 24, 1), o=Group(256, 256, 8, 1),
     gate_up=Group(256, 1024, 16, 1), down=Group(512, 256, 8, 1),
 )  # fmt: skip
+IN_FP8 = dataclasses.replace(
+    SHAPE,
+    **{
+        name: dataclasses.replace(getattr(SHAPE, name), is_fp8=True)
+        for name in ("qkv", "o", "gate_up", "down")
+    },
+)
 
 
 def peak(tokens, levels, staying=0, shape=SHAPE, **options):
@@ -62,3 +70,47 @@ def test_what_is_taken_is_given_back_in_every_family(level, tile):
     shape = dataclasses.replace(SHAPE, normed_heads=6, has_branch_norms=True, num_rotations=2)
     more = peak(2000, [level] * 3, shape=shape, tile=tile, is_recorded=True)
     assert more.nbytes > peak(2000, [level] * 3, tile=tile).nbytes
+
+
+class Watched(Ledger):
+    """Remembers the most that each owner ever held."""
+
+    def __init__(self):
+        super().__init__()
+        self.most = Counter()
+
+    def take(self, owner, nbytes):
+        super().take(owner, nbytes)
+        self.most[owner] = max(self.most[owner], self._held[owner])
+
+
+@pytest.mark.parametrize("level", ["offload", "input", "attention", "all"])
+@pytest.mark.parametrize("tile", [0, 512])
+def test_eight_bits_take_one_matrix_and_its_rows_at_a_time(level, tile):
+    """The most is the gradient of gate and up; tiles share both matrices of all three products."""
+    ledger = Watched()
+    FusedStep(ledger, IN_FP8, 4096, [level] * 3, tile=tile).write(
+        labels=4096, vocabulary=128, chunk_rows=1024
+    )
+    assert ledger.nbytes == 0
+    is_tiled = tile > 0 and level != "all"
+    qkv, group = IN_FP8.qkv, IN_FP8.gate_up
+    rows = group.quantized_bytes(4096, is_backward=True)
+    if is_tiled:
+        rows = qkv.quantized_bytes(4096, is_backward=True)
+    assert 0 <= ledger.most["activations in eight bits"] - rows < 512
+    weights = max(group.matrix_bytes(is_backward=side) for side in (False, True))
+    if is_tiled:
+        weights = sum(g.staying_bytes(2) for g in (IN_FP8.o, group, IN_FP8.down))
+    assert 0 <= ledger.most["dequantize workspace"] - weights - group.wide_bytes(2) < 4 * 512
+
+
+def test_what_stays_in_eight_bits_leaves_loras_factors_to_be_made():
+    ledger = Watched()
+    FusedStep(ledger, IN_FP8, 64, ["all"] * 4, 4).write(labels=64, vocabulary=128, chunk_rows=64)
+    assert 0 <= ledger.nbytes - 4 * IN_FP8.weight_bytes() < 4 * 512
+    assert 0 <= ledger.most["dequantize workspace"] - IN_FP8.gate_up.wide_bytes(2) < 512
+
+
+def test_sixteen_bits_know_nothing_of_eight():
+    assert "activations in eight bits" not in peak(4096, ["all"] * 3).owners

@@ -24,6 +24,7 @@ from halfbyte.train.config import TrainConfig, steps_between
         ({"save_steps": 2.5}, "save_steps: expected a whole number of steps, or a share below 1"),
         ({"memory": "huge"}, "memory: auto, lean, fast, or a size such as 6GiB, got 'huge'"),
         ({"memory": 0}, "memory: auto, lean, fast, or a size such as 6GiB, got 0"),
+        ({"compute": "fp16"}, "compute: 'bf16' or 'fp8', got 'fp16'"),
         ({"save_total_limit": 0}, "save_total_limit: greater than or equal to 1"),
         ({"per_device_train_batch_size": 0}, "per_device_train_batch_size: greater than or equal"),
         ({"gradient_accumulation_steps": 0}, "gradient_accumulation_steps: greater than or equal"),

@@ -13,6 +13,8 @@ from transformers import (
     Qwen2Config,
 )
 
+from halfbyte.errors import ConfigError
+from halfbyte.train import loss as loss_module
 from halfbyte.train.loss import LanguageModel
 
 SMALL = {
@@ -164,3 +166,32 @@ def test_left_padding_keeps_its_mask(make_lora, batch_of):
     )
     parts = LanguageModel.of(model)
     torch.testing.assert_close(parts.loss_sum(left), parts.loss_sum(batch), rtol=1e-5, atol=1e-4)
+
+
+def test_eight_bits_need_a_gpu_and_a_model_that_runs_fused(make_lora, monkeypatch):
+    model = make_lora()
+    with pytest.raises(ConfigError, match=r"compute: fp8 needs a GPU .* got cpu"):
+        LanguageModel.of(model, compute="fp8")
+    monkeypatch.setattr(loss_module, "require_fp8", lambda *_: None)
+    model.get_base_model().config.attention_dropout = 0.1
+    with pytest.raises(ConfigError, match=r"runs fused.* attention_dropout is 0\.1") as error:
+        LanguageModel.of(model, compute="fp8")
+    assert "bf16" in error.value.hint
+
+
+def test_eight_bits_stay_whatever_memory_is_and_are_left_for_evaluation(
+    make_lora, batch_of, fp8_anywhere
+):
+    model = make_lora()
+    exact, parts = LanguageModel.of(model), LanguageModel.of(model, compute="fp8", memory="fast")
+    assert (exact.is_fp8, parts.is_fp8) == (False, True)
+    assert exact.in_bf16() is exact
+    batch = batch_of([9, 5, 12])
+    expected, actual = exact.loss_sum(batch).item(), parts.loss_sum(batch).item()
+    assert 1e-6 < abs(actual - expected) / expected < 0.01
+    leaner = parts.with_memory("lean", max_tile=8)
+    assert leaner.is_fp8
+    assert leaner.loss_sum(batch).item() == pytest.approx(actual, rel=0.01)
+    assert parts.in_bf16().loss_sum(batch).item() == expected
+    left = leaner.in_bf16()
+    assert (left.is_fp8, left.body.memory, left.body.max_tile) == (False, "lean", 8)

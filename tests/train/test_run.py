@@ -1,9 +1,14 @@
 """A run's parts fit together: steps, strategies and what is due when."""
 
+import json
+import shutil
+
 import pytest
 
 from halfbyte.errors import ConfigError
 from halfbyte.train.config import TrainConfig
+from halfbyte.train.evaluate import evaluate
+from halfbyte.train.loop import train
 from halfbyte.train.run import assemble
 from halfbyte.train.state import Progress
 
@@ -62,3 +67,35 @@ def test_frozen_adapters_cannot_be_trained(make_lora, tokenizer, rows_of, tmp_pa
     model = make_lora().requires_grad_(False)
     with pytest.raises(ConfigError, match="at least one parameter that requires a gradient"):
         assemble(model, tokenizer, rows_of([5]), None, TrainConfig(output_dir=str(tmp_path)))
+
+
+def test_a_run_in_eight_bits_says_so_resumes_and_is_evaluated_in_sixteen(
+    make_lora, tokenizer, rows_of, tmp_path, fp8_anywhere
+):
+    rows, held_out, told = rows_of([9, 5, 7, 12] * 2), rows_of([6, 8], seed=1), []
+
+    def run(name, **settings):
+        config = TrainConfig(
+            **{
+                "output_dir": str(tmp_path / name), "max_steps": 3, "save_steps": 2,
+                "per_device_train_batch_size": 4, "compute": "fp8", "disable_tqdm": True,
+                **settings,
+            }
+        )  # fmt: skip
+        model = make_lora(lora_dropout=0.1)
+        result = train(model, tokenizer, rows, config, eval_data=held_out, listeners=[told.append])
+        adapter = (tmp_path / name / "adapter_model.safetensors").read_bytes()
+        return adapter, result, evaluate(model, tokenizer, held_out)
+
+    whole, result, evaluation = run("whole")
+    notices = [event.message for event in told if hasattr(event, "message")]
+    assert sum("not QLoRA" in notice for notice in notices) == 1
+    assert result.eval_loss == evaluation.loss
+    record = json.loads((tmp_path / "whole" / "run.json").read_text())
+    assert record["settings"]["compute"] == "fp8"
+    assert "eight bits" in (tmp_path / "whole" / "README.md").read_text()
+    shutil.copytree(tmp_path / "whole" / "checkpoint-2", tmp_path / "cut" / "checkpoint-2")
+    with pytest.raises(ConfigError, match=r"settings\.compute was 'fp8', is 'bf16'"):
+        run("cut", compute="bf16", resume_from_checkpoint="auto")
+    assert run("cut", resume_from_checkpoint="auto")[0] == whole
+    assert run("exact", compute="bf16")[0] != whole
