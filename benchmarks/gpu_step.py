@@ -9,6 +9,7 @@ loads what `benchmarks/random_checkpoint.py` made instead. A shape `lengths` is 
 """
 
 import argparse
+import itertools
 import json
 import statistics
 import time
@@ -23,6 +24,7 @@ from halfbyte.data.loader import Batch
 from halfbyte.optim.adamw import AdamW
 from halfbyte.quant.linear import NF4Linear
 from halfbyte.quant.weight import QuantizedWeight
+from halfbyte.train.ahead import Ahead
 from halfbyte.train.loss import LanguageModel
 from halfbyte.train.step import train_step
 
@@ -116,13 +118,14 @@ def measure(
         model, memory=int(memory) if memory.isdigit() else memory, compute=compute
     )
     times, losses, tokens = [], [], []
+    # As the training loop does it: a step's rows are made and packed during the step before.
+    ahead = Ahead(lambda n: batches_of(case, lengths, model.config.vocab_size, n), steps + 2)
     for step in range(steps + 2):
-        data = batches_of(case, lengths, model.config.vocab_size, step)
         torch.cuda.synchronize(device)
         start = time.perf_counter()
         result = train_step(
-            language_model, optimizer, data, step=step, learning_rate=1e-4, max_grad_norm=1.0,
-            seed=0,
+            language_model, optimizer, ahead.batches(step), step=step, learning_rate=1e-4,
+            max_grad_norm=1.0, seed=0, ahead=ahead,
         )  # fmt: skip
         torch.cuda.synchronize(device)
         times.append(time.perf_counter() - start)
@@ -173,9 +176,9 @@ def main() -> None:
     parser.add_argument("--model", default="llama8b", choices=SHAPES)
     parser.add_argument("--shapes", default="2x1024,4x2048")
     parser.add_argument("--memory", default="auto")
-    parser.add_argument("--compute", default="bf16", choices=["bf16", "fp8"])
+    parser.add_argument("--compute", default="bf16", help="bf16, fp8 or both")
     parser.add_argument("--rank", type=int, default=16)
-    parser.add_argument("--dropout", type=float, default=0.0)
+    parser.add_argument("--dropout", default="0", help="of LoRA; several with commas between")
     parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--checkpoint", type=Path, help="load this folder; not --model")
     parser.add_argument(
@@ -193,34 +196,34 @@ def main() -> None:
         model, _ = hb.load(args.checkpoint, device=device)
     torch.cuda.synchronize()
     loaded = round(time.perf_counter() - start, 2)
+    dropouts = [float(p) for p in args.dropout.split(",")]
     model = hb.add_lora(
-        model, hb.LoraConfig(r=args.rank, lora_alpha=2 * args.rank, lora_dropout=args.dropout)
+        model, hb.LoraConfig(r=args.rank, lora_alpha=2 * args.rank, lora_dropout=max(dropouts))
     )
     model.train()
     optimizer = AdamW([(n, p) for n, p in model.named_parameters() if p.requires_grad], lr=1e-4)
     results = []
     lengths = json.loads(args.lengths.read_text())
-    for shape in args.shapes.split(","):
-        for memory in args.memory.split(","):
-            try:
-                result = measure(
-                    model, optimizer, memory, shape, args.steps, lengths, args.dropout,
-                    args.compute,
-                )  # fmt: skip
-            except torch.OutOfMemoryError as error:
-                result = {"case": shape, "memory": memory, "error": f"out of memory: {error}"[:160]}
-            result |= {"load_s": loaded} if args.checkpoint else {}
-            results.append(result)
-            print(json.dumps(result), flush=True)
-            if args.profile and "error" not in result:
-                args.profile.mkdir(parents=True, exist_ok=True)
-                table = profile(model, optimizer, memory, shape, lengths, args.compute)
-                (args.profile / f"profile_{shape}_{memory}.txt").write_text(table)
+    variants = [args.shapes.split(","), args.memory.split(","), args.compute.split(","), dropouts]
+    for shape, memory, compute, dropout in itertools.product(*variants):
+        for module in model.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = dropout
+        try:
+            result = measure(model, optimizer, memory, shape, args.steps, lengths, dropout, compute)
+        except torch.OutOfMemoryError as error:
+            result = {"case": shape, "memory": memory, "error": f"out of memory: {error}"[:160]}
+        result |= {"load_s": loaded} if args.checkpoint else {}
+        results.append(result)
+        print(json.dumps(result), flush=True)
+        if args.profile and "error" not in result:
+            args.profile.mkdir(parents=True, exist_ok=True)
+            table = profile(model, optimizer, memory, shape, lengths, compute)
+            (args.profile / f"profile_{shape}_{memory}_{compute}.txt").write_text(table)
     if args.out:
         machine = {
             "card": torch.cuda.get_device_name(), "torch": torch.__version__,
             "model": str(args.checkpoint or args.model), "rank": args.rank,
-            "dropout": args.dropout,
         }  # fmt: skip
         args.out.write_text(json.dumps({"machine": machine, "results": results}, indent=1))
 

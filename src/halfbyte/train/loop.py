@@ -18,6 +18,7 @@ from torch import nn
 from halfbyte.adapters.io import restore_adapter
 from halfbyte.errors import CheckpointError, ConfigError, HalfbyteError
 from halfbyte.optim.schedule import learning_rate
+from halfbyte.train.ahead import Ahead
 from halfbyte.train.config import TrainConfig
 from halfbyte.train.determinism import determinism
 from halfbyte.train.directory import (
@@ -132,8 +133,11 @@ def _do_steps(run: Run, listeners: Sequence[Listener]) -> TrainResult:
     with _writer(run) as writer, Interruption() as interruption:
         if config.eval_on_start and run.progress.step == 0:
             _evaluate(run, interruption)
+        ahead = Ahead(
+            lambda step: run.plan.step(*divmod(step, len(run.plan))), num_steps=run.total_steps
+        )
         while run.progress.step < run.total_steps:
-            _step(run)
+            _step(run, ahead)
             if run.is_due(config.eval_strategy, config.eval_steps) and not _is_last(run):
                 _evaluate(run, interruption)
             stop = interruption.signum
@@ -152,18 +156,19 @@ def _do_steps(run: Run, listeners: Sequence[Listener]) -> TrainResult:
     return result
 
 
-def _step(run: Run) -> None:
+def _step(run: Run, ahead: Ahead) -> None:
     """Do the next optimizer step, or leave it out where it is not finite and that is allowed."""
     start = time.perf_counter()
     step = run.progress.step
     rate = learning_rate(step, run.total_steps, run.config)
     try:
         result = run.steps.step(
-            run.plan.step(*divmod(step, len(run.plan))),
+            ahead.batches(step),
             step=step,
             learning_rate=rate,
             max_grad_norm=run.config.max_grad_norm,
             seed=run.config.seed,
+            ahead=ahead,
         )
     except NonFiniteError as error:
         if run.progress.skipped_steps >= run.config.max_skipped_steps:

@@ -25,7 +25,7 @@ from halfbyte.engine.body import FusedBody, layer_kind
 from halfbyte.engine.families import text_part
 from halfbyte.engine.layer import Fp8Layer, FusedLayer
 from halfbyte.engine.obstacle import obstacle, require_fused
-from halfbyte.engine.packed import merge, pack
+from halfbyte.engine.packed import Packed, merge, pack
 from halfbyte.engine.projections_fp8 import require_fp8
 from halfbyte.kernels.cross_entropy import linear_cross_entropy
 from halfbyte.models.attention import use_cpu_attention
@@ -152,16 +152,26 @@ class LanguageModel:
             return self
         return dataclasses.replace(self, body=self.body.with_memory(memory, max_tile=max_tile))
 
-    def loss_sum(self, *batches: Batch, first_token: int = 0) -> Tensor:
+    def prepare(self, batches: Sequence[Batch]) -> Packed | None:
+        """Return micro-batches packed, on the device or on their way; None where nothing packs."""
+        if not self.is_fused or self.head is None:
+            return None
+        return pack(batches).to(self.head.linear.weight.device)
+
+    def loss_sum(
+        self, *batches: Batch, first_token: int = 0, packed: Packed | None = None
+    ) -> Tensor:
         """Return the summed loss of the supervised tokens: float32 scalar, on the last device.
 
         Args:
             batches: Token ids and unshifted labels [B, S] on the CPU: one micro-batch, or several
                 where `micro_steps` put them together.
             first_token: Tokens before these where a micro-batch was cut: fused, dropout goes on.
+            packed: What `prepare` made of the batches, if that was done before.
         """
         if isinstance(self.body, FusedBody) and self.head is not None:
-            return self._packed_loss(self.body, self.head, batches, first_token)
+            packed = packed or pack(batches).to(self.head.linear.weight.device)
+            return self._packed_loss(self.body, self.head, packed, first_token)
         (batch,) = batches
         inputs = _inputs(batch, self.model.get_input_embeddings().weight.device)  # type: ignore[operator]
         labels = F.pad(batch.labels, (0, 1), value=IGNORE_INDEX)[:, 1:].reshape(
@@ -183,9 +193,8 @@ class LanguageModel:
         )
 
     def _packed_loss(
-        self, body: FusedBody, head: _Head, batches: Sequence[Batch], first_token: int
+        self, body: FusedBody, head: _Head, packed: Packed, first_token: int
     ) -> Tensor:
-        packed = pack(batches).to(head.linear.weight.device)
         ids, positions, layout = packed.input_ids, packed.position_ids, packed.layout
         hidden = body(ids, positions, layout, first_token=first_token)[0].flatten(0, 1)
         return linear_cross_entropy(

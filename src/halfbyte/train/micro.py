@@ -17,7 +17,7 @@ from torch import Tensor
 
 from halfbyte.data.chat import IGNORE_INDEX
 from halfbyte.data.loader import Batch
-from halfbyte.engine.packed import merge
+from halfbyte.engine.packed import Packed, merge
 from halfbyte.train.loss import LanguageModel
 
 
@@ -29,11 +29,13 @@ class MicroStep:
         batches: One, or several that are packed into one row.
         index: Of the uncut micro-step, from 0; seeds its dropout.
         first_token: Tokens of the uncut micro-step before these.
+        packed: The batches as `LanguageModel.prepare` made them ready, if it did already.
     """
 
     batches: tuple[Batch, ...]
     index: int
     first_token: int = 0
+    packed: Packed | None = None
 
     @property
     def num_tokens(self) -> int:

@@ -14,6 +14,7 @@ import torch
 from halfbyte.data.loader import Batch
 from halfbyte.errors import TrainingError
 from halfbyte.optim.adamw import AdamW
+from halfbyte.train.ahead import Ahead
 from halfbyte.train.loss import LanguageModel
 from halfbyte.train.micro import cut
 from halfbyte.train.rng import seed_micro_step
@@ -66,6 +67,7 @@ def train_step(
     learning_rate: float,
     max_grad_norm: float,
     seed: int,
+    ahead: Ahead | None = None,
 ) -> StepResult:
     """Do optimizer step `step` (counted from 0) on `batches`.
 
@@ -77,11 +79,12 @@ def train_step(
         learning_rate: For this step.
         max_grad_norm: Longer gradients are scaled down to it; 0 means never.
         seed: Of the run.
+        ahead: Where the batches come from, if the next step's are to be made ready meanwhile.
 
     Raises:
         NonFiniteError: the loss or the gradient is not finite; nothing was updated.
     """
-    result = compute_gradients(model, optimizer, batches, step=step, seed=seed)
+    result = compute_gradients(model, optimizer, batches, step=step, seed=seed, ahead=ahead)
     scale = clip_factor(result.grad_norm, max_grad_norm)
     optimizer.step(learning_rate, grad_scale=scale)
     return result
@@ -95,6 +98,7 @@ def compute_gradients(
     step: int,
     seed: int,
     max_tokens: int | None = None,
+    ahead: Ahead | None = None,
 ) -> StepResult:
     """Do all of a step but the update: the optimizer then holds the gradient of the mean loss.
 
@@ -104,13 +108,16 @@ def compute_gradients(
     Raises:
         NonFiniteError: the loss or the gradient is not finite.
     """
-    micro_steps = cut(model, batches, max_tokens)
+    find = cut if ahead is None else ahead.micro_steps
+    micro_steps = find(model, batches, max_tokens)
     supervised = sum(batch.num_supervised for batch in batches)
     optimizer.zero_grad()
     losses = []
     for micro_step in micro_steps:
         seed_micro_step(seed, step, micro_step.index)
-        loss = model.loss_sum(*micro_step.batches, first_token=micro_step.first_token)
+        loss = model.loss_sum(
+            *micro_step.batches, first_token=micro_step.first_token, packed=micro_step.packed
+        )
         loss = loss / max(supervised, 1)
         loss.backward()
         losses.append(loss.detach())
@@ -118,6 +125,8 @@ def compute_gradients(
         del loss
     optimizer.prefetch()  # beside the norm, and while the host waits for it
     norm = optimizer.grad_norm()
+    if ahead is not None:
+        ahead.look(model, step + 1, max_tokens)
     *values, grad_norm = torch.stack(
         [*(loss.to(norm.device) for loss in losses), norm]
     ).tolist()  # the only sync

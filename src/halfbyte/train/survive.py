@@ -26,6 +26,7 @@ from halfbyte.errors import ConfigError, DeviceError
 from halfbyte.memory.activations import checkpoint_activations
 from halfbyte.memory.shortage import Shortage, is_out_of_memory
 from halfbyte.optim.adamw import AdamW
+from halfbyte.train.ahead import Ahead
 from halfbyte.train.events import MemoryShort
 from halfbyte.train.loss import LanguageModel
 from halfbyte.train.micro import cut
@@ -70,6 +71,7 @@ class Survivor:
         learning_rate: float,
         max_grad_norm: float,
         seed: int,
+        ahead: Ahead | None = None,
     ) -> StepResult:
         """Do optimizer step `step` (counted from 0); see `train_step`.
 
@@ -82,7 +84,7 @@ class Survivor:
         def gradients() -> StepResult:
             return compute_gradients(
                 self.model, self.optimizer, batches,
-                step=step, seed=seed, max_tokens=self.max_tokens,
+                step=step, seed=seed, max_tokens=self.max_tokens, ahead=ahead,
             )  # fmt: skip
 
         result = self._persist(gradients, lambda s: self._make_room(s, batches), measures)
