@@ -34,6 +34,14 @@ def test_json_is_one_object_whose_owners_add_up(run, model):
     assert record["most_tokens_by_card_gb"]["24"] > 10_000
 
 
+def test_eight_bits_are_planned(run, model):
+    result = run("plan", model, "--vram", "24GiB", "compute=fp8")
+    assert "compute fp8" in result.stdout
+    assert "scales of rows in eight bits" in result.stdout
+    record = json.loads(run("plan", model, "--vram", "24GiB", "compute=fp8", "--json").stdout)
+    assert record["setting"]["compute"] == "fp8"
+
+
 def test_what_does_not_fit_is_exit_code_1_with_what_would(run, model):
     result = run("plan", model, "--vram", "1GiB", "max_length=65536")
     assert result.exit_code == 1
@@ -55,6 +63,8 @@ def test_a_run_file_is_planned_as_it_would_train(run, config):
         (("--card", "rtx9999"), "unknown card"),
         (("--card", "t4", "--vram", "8"), "keep one"),
         (("max_lenght=9",), "max_length"),
+        (("compute=fp8", "dtype=float32"), "bfloat16"),
+        (("compute=fp8", "use_dora=true"), "runs fused"),
     ],
 )
 def test_mistakes_are_told(run, model, arguments, message):

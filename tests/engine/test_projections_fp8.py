@@ -5,7 +5,12 @@ import pytest
 import torch
 
 from halfbyte.engine.projections import Projection, Siblings, pairs
-from halfbyte.engine.projections_fp8 import Fp8Siblings, fp8_siblings, require_fp8
+from halfbyte.engine.projections_fp8 import (
+    Fp8Siblings,
+    fp8_siblings,
+    require_bfloat16,
+    require_fp8,
+)
 from halfbyte.errors import ConfigError
 from halfbyte.kernels.dropout import dropout
 from halfbyte.quant.weight import QuantizedWeight
@@ -154,7 +159,7 @@ def test_other_sizes_stay_in_sixteen_bits_and_that_is_said_once(caplog):
 
 def test_a_cpu_is_refused():
     with pytest.raises(ConfigError, match=r"compute capability 8\.9 .* got cpu") as error:
-        require_fp8(torch.device("cpu"), torch.bfloat16)
+        require_fp8(torch.device("cpu"))
     assert "bf16" in error.value.hint
 
 
@@ -162,8 +167,12 @@ def test_an_older_gpu_is_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 0))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "A100")
     with pytest.raises(ConfigError, match=r"A100, 8\.0"):
-        require_fp8(torch.device("cuda"), torch.bfloat16)
+        require_fp8(torch.device("cuda"))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 9))
-    require_fp8(torch.device("cuda"), torch.bfloat16)
+    require_fp8(torch.device("cuda"))
+
+
+def test_another_dtype_is_refused():
+    require_bfloat16(torch.bfloat16)
     with pytest.raises(ConfigError, match=r"in bfloat16, got torch\.float16"):
-        require_fp8(torch.device("cuda"), torch.float16)
+        require_bfloat16(torch.float16)

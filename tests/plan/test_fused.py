@@ -6,6 +6,8 @@ import torch
 import halfbyte as hb
 from halfbyte.engine.attention import Layout
 from halfbyte.engine.body import FusedBody
+from halfbyte.engine.layer import Fp8Layer
+from halfbyte.kernels.fp8 import quantize_rows
 from halfbyte.memory.fused_step import FusedStep
 from halfbyte.memory.ledger import Ledger
 from halfbyte.plan.fused import fused_shape
@@ -83,3 +85,47 @@ def test_keeping_less_needs_less_and_more_tokens_need_more(body):
     sizes = [peak(level, 512) for level in ("input", "attention", "all")]
     assert sizes == sorted(sizes)
     assert peak("input", 1024) > 1.8 * sizes[0]
+
+
+def test_eight_bits_take_what_the_formulas_say(body):
+    """What stays after a step, scales, and what a product makes of its rows."""
+    fused = body.with_kind(Fp8Layer)
+    groups = [group for layer in fused.layers for group in layer.all_siblings]
+    for granted in (False, True):  # of its own, a CPU keeps none
+        for group in groups:
+            group.stay.granted = granted
+        fused(torch.arange(TOKENS)[None])[0].sum().backward()
+    shape = fused_shape(fused, itemsize=4)
+    stays = sum(group.stay.nbytes for group in groups if group.projections[0].rank)
+    # Below the first layer is nothing that has a gradient.
+    unmade = shape.qkv.matrix_bytes(is_backward=True)
+    assert stays == len(fused.layers) * shape.weight_bytes() - unmade
+    assert fused.layers[0].weight_bytes(4) == shape.weight_bytes()
+    scales = [scale.nbytes for group in groups for scale in group.scales]
+    assert sum(scales) == len(fused.layers) * shape.scale_bytes()
+    for numbers, group in zip(shape.groups, groups, strict=False):
+        x = torch.randn(TOKENS, group.inputs + group.rank)
+        rows = quantize_rows(x, group.inputs, torch.ones(1))
+        made = sum(part.nbytes for part in rows)
+        assert made == numbers.quantized_bytes(TOKENS, is_backward=False)
+        largest = max(numbers.quantized_bytes(1, is_backward=side) for side in (False, True))
+        assert group.row_bytes == largest
+        matrix = max(numbers.matrix_bytes(is_backward=side) for side in (False, True))
+        assert group.passing_bytes(4) == numbers.wide_bytes(4) + matrix
+
+
+def test_rows_in_eight_bits_leave_less_for_activations(body):
+    fused = body.with_kind(Fp8Layer)
+    layer, tokens = fused.layers[0], 4096
+    assert body.layers[0].quantized_bytes(tokens, 0) == 0
+    assert layer.quantized_bytes(tokens, 0) == tokens * max(g.row_bytes for g in layer.all_siblings)
+    assert layer.quantized_bytes(tokens, 8) == tokens * layer.qkv.row_bytes
+    # So much that all is kept in 16 bits, and not a byte more.
+    free = next(
+        nbytes for nbytes in range(0, 10**8, 10**4)
+        if body.choose(tokens, 2, nbytes).levels == ["all"] * 2
+    )  # fmt: skip
+    assert fused.choose(tokens, 2, free).levels != ["all"] * 2
+    assert fused.choose(tokens, 2, free + 2 * layer.quantized_bytes(tokens, 0)).levels == (
+        ["all"] * 2
+    )

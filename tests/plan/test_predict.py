@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 
 from halfbyte.engine.policy import TILES
+from halfbyte.errors import ConfigError
 from halfbyte.plan.predict import Setting
 
 GIB = 2**30
@@ -63,6 +64,29 @@ def test_paged_state_leaves_when_the_card_is_short(llama_planner):
     assert away.fits
     stuck = llama_planner.predict(replace(setting, total_bytes=short, is_paged=False))
     assert not stuck.fits
+
+
+def test_eight_bits_take_two_matrices_a_weight_and_their_scales(llama_planner):
+    setting = Setting(rows=4, length=2048, total_bytes=80 * GIB)
+    exact, found = (
+        llama_planner.predict(replace(setting, compute=compute)) for compute in ("bf16", "fp8")
+    )
+    assert found.kept == exact.kept == {"all": 32, "weights": 32}
+    # Of an 8B: 6.5e9 weights in two orientations, borders, and a scale a row of each.
+    weights = 32 * 4096 * (2 * 4096 + 2 * 1024 + 3 * 14336)
+    staying = found.peak.owners["dequantized weights that stay"]
+    assert 1 < staying / (2 * weights) < 1.02
+    rows = 32 * (4096 + 6144 + 4096 + 4096 + 4096 + 28672 + 14336 + 4096)
+    assert found.persistent["scales of rows in eight bits"] == 4 * rows
+    assert exact.persistent["scales of rows in eight bits"] == 0
+    lean = llama_planner.predict(replace(setting, compute="fp8", memory="lean"))
+    assert lean.peak.owners["activations in eight bits"] == 8192 * (2 * 14336 + 96 + 4)
+    assert lean.peak.owners["dequantize workspace"] < 130 * 2**20
+
+
+def test_eight_bits_are_for_fused_models(unfused_planner):
+    with pytest.raises(ConfigError, match=r"compute: fp8 needs a model that runs fused.*Olmo2"):
+        unfused_planner.predict(Setting(compute="fp8"))
 
 
 def test_layers_of_transformers_are_counted(unfused_planner):

@@ -36,7 +36,8 @@ def llama_config(**changes):
 @pytest.fixture
 def fp8_anywhere(monkeypatch):
     """Let `compute: fp8` run where the machine cannot: through the kernels' references."""
-    monkeypatch.setattr(loss_module, "require_fp8", lambda *_: None)
+    for name in ("require_fp8", "require_bfloat16"):
+        monkeypatch.setattr(loss_module, name, lambda _: None)
     monkeypatch.setattr(loss_module, "layer_kind", lambda _: FusedLayer)
 
 

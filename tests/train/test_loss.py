@@ -172,7 +172,10 @@ def test_eight_bits_need_a_gpu_and_a_model_that_runs_fused(make_lora, monkeypatc
     model = make_lora()
     with pytest.raises(ConfigError, match=r"compute: fp8 needs a GPU .* got cpu"):
         LanguageModel.of(model, compute="fp8")
-    monkeypatch.setattr(loss_module, "require_fp8", lambda *_: None)
+    monkeypatch.setattr(loss_module, "require_fp8", lambda _: None)
+    with pytest.raises(ConfigError, match=r"bfloat16, got torch\.float32"):
+        LanguageModel.of(model, compute="fp8")
+    model.bfloat16()
     model.get_base_model().config.attention_dropout = 0.1
     with pytest.raises(ConfigError, match=r"runs fused.* attention_dropout is 0\.1") as error:
         LanguageModel.of(model, compute="fp8")

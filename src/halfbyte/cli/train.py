@@ -144,15 +144,12 @@ def check(config: "RunConfig") -> None:
 
 
 def _check_compute(config: "RunConfig") -> None:
-    """Refuse eight bits where they cannot be; that the model runs fused, its plan finds."""
-    import torch
-
+    """Refuse eight bits where no GPU multiplies them; what of the model is wrong, its plan says."""
     from halfbyte.device import resolve_device
     from halfbyte.engine.projections_fp8 import require_fp8
 
     if config.train.compute == "fp8":
-        dtype = getattr(torch, config.dtype) if config.dtype else torch.bfloat16
-        require_fp8(resolve_device(config.device), dtype)
+        require_fp8(resolve_device(config.device))
 
 
 def _owners(owners: Mapping[str, int]) -> str:

@@ -36,21 +36,16 @@ _CAPABILITY = (8, 9)
 _MULTIPLE = 16
 
 
-def require_fp8(device: torch.device, dtype: torch.dtype) -> None:
-    """Check that a device multiplies e4m3 numbers, and that what it gives is what a model takes.
-
-    Args:
-        device: Where the model is.
-        dtype: Of its activations.
+def require_fp8(device: torch.device) -> None:
+    """Check that a device multiplies e4m3 numbers.
 
     Raises:
-        ConfigError: it is no GPU, or one before Ada and Hopper; or the model is not in bfloat16.
+        ConfigError: it is no GPU, or one before Ada and Hopper.
     """
     found = str(device)
     if device.type == "cuda":
         capability = torch.cuda.get_device_capability(device)
         if capability >= _CAPABILITY:
-            _require_bfloat16(dtype)
             return
         found = f"{torch.cuda.get_device_name(device)}, {capability[0]}.{capability[1]}"
     raise ConfigError(
@@ -60,8 +55,12 @@ def require_fp8(device: torch.device, dtype: torch.dtype) -> None:
     )
 
 
-def _require_bfloat16(dtype: torch.dtype) -> None:
-    # Products of rows with scales of their own come in no other dtype.
+def require_bfloat16(dtype: torch.dtype) -> None:
+    """Check a model's dtype: products of rows with scales of their own come in one only.
+
+    Raises:
+        ConfigError: it is another than bfloat16.
+    """
     if dtype != torch.bfloat16:
         raise ConfigError(
             f"compute: fp8 needs a model that is loaded in bfloat16, got {dtype}",

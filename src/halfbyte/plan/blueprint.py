@@ -32,7 +32,8 @@ def blueprint(
         folder: Has a config.json; what that says of 4 bits wins over `quant`, as in loading.
         quant: How linear layers are held; None for 16 bits.
         lora: The adapters.
-        dtype: Of what is not in 4 bits; None takes that of config.json, else bfloat16.
+        dtype: Of what is not in 4 bits; None takes float32 where config.json says so, else bfloat16
+            (float16 becomes what a GPU multiplies well, as in loading).
 
     Raises:
         CheckpointError: config.json is missing, damaged or of no language model.
@@ -40,7 +41,8 @@ def blueprint(
     """
     outline = read_outline(folder)
     said = to_dtype("dtype", getattr(outline.config, "dtype", None))
-    model = outline.model.to(dtype or said or torch.bfloat16)
+    is_wide = said is not None and said.itemsize > torch.bfloat16.itemsize
+    model = outline.model.to(dtype or (said if is_wide else torch.bfloat16))
     if quant is not None and outline.quantization is not None:
         recipe = {k: v for k, v in outline.quantization.items() if not k.startswith("load_in")}
         quant = NF4Config(**{**recipe, "quant_method": None, "bnb_4bit_compute_dtype": None})

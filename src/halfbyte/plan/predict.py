@@ -13,6 +13,7 @@ from halfbyte.engine.families import text_part
 from halfbyte.engine.graph import LARGE_SHARE, LARGE_TOKENS, MAX_TOKENS
 from halfbyte.engine.layer import Fp8Layer, FusedLayer
 from halfbyte.engine.obstacle import obstacle, require_fused
+from halfbyte.engine.projections_fp8 import require_bfloat16
 from halfbyte.memory.activations import checkpoint_activations
 from halfbyte.memory.fused_step import FusedStep
 from halfbyte.memory.ledger import Ledger, Peak
@@ -127,10 +128,11 @@ class Planner:
         is always away.
 
         Raises:
-            ConfigError: `compute` is "fp8", and the model does not run fused.
+            ConfigError: `compute` is "fp8", and the model does not run fused, or not in bfloat16.
         """
         if setting.compute == "fp8":
             require_fused(self.why_unfused)
+            require_bfloat16(self.causal.dtype)
         state = optimizer_bytes(self.elements, setting.state_bits)
         if setting.is_checkpointed and self.why_unfused is None:
             setting = replace(setting, memory="lean")

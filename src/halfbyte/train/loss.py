@@ -26,7 +26,7 @@ from halfbyte.engine.families import text_part
 from halfbyte.engine.layer import Fp8Layer, FusedLayer
 from halfbyte.engine.obstacle import obstacle, require_fused
 from halfbyte.engine.packed import Packed, merge, pack
-from halfbyte.engine.projections_fp8 import require_fp8
+from halfbyte.engine.projections_fp8 import require_bfloat16, require_fp8
 from halfbyte.kernels.cross_entropy import linear_cross_entropy
 from halfbyte.models.attention import use_cpu_attention
 
@@ -111,7 +111,8 @@ class LanguageModel:
 
     def _in_fp8(self) -> "LanguageModel":
         embedding: Tensor = self.model.get_input_embeddings().weight  # type: ignore[operator]
-        require_fp8(embedding.device, embedding.dtype)
+        require_fp8(embedding.device)
+        require_bfloat16(embedding.dtype)
         if isinstance(self.body, FusedBody):
             return dataclasses.replace(self, body=self.body.with_kind(Fp8Layer))
         reason = None if self.body is None else obstacle(self.body)
