@@ -104,8 +104,8 @@ def test_eight_bits_take_what_the_formulas_say(body):
     scales = [scale.nbytes for group in groups for scale in group.scales]
     assert sum(scales) == len(fused.layers) * shape.scale_bytes()
     for numbers, group in zip(shape.groups, groups, strict=False):
-        x = torch.randn(TOKENS, group.inputs + group.rank)
-        rows = quantize_rows(x, group.inputs, torch.ones(1))
+        x, border = torch.randn(TOKENS, group.inputs), torch.randn(TOKENS, group.rank)
+        rows = quantize_rows(x, border, torch.ones(1))
         made = sum(part.nbytes for part in rows)
         assert made == numbers.quantized_bytes(TOKENS, is_backward=False)
         largest = max(numbers.quantized_bytes(1, is_backward=side) for side in (False, True))

@@ -136,15 +136,17 @@ class Fp8Siblings(Siblings):
     def forward(self, x_wide: Tensor, wide: Tensor, out: Tensor) -> Tensor:
         """Write all siblings' outputs into `out` `[T, N]` and return it."""
         weight, balance = self._matrix(wide, transposed=False)
-        product_(quantize_rows(x_wide, self.inputs, balance), weight, out)
+        x, border = x_wide[:, : self.inputs], x_wide[:, self.inputs :]
+        product_(quantize_rows(x, border, balance), weight, out)
         return self.add_bias_(out)
 
     def backward_input(self, grad_wide: Tensor, wide: Tensor, seed: Tensor | None) -> Tensor:
         """Return the gradient of x `[T, K]`; see `Siblings.backward_input`."""
         weight, balance = self._matrix(wide, transposed=True)
         without_lora = self.mask(seed) is not None
-        grad = quantize_rows(grad_wide, self.outputs, None if without_lora else balance)
-        return product_(grad, weight, grad_wide.new_empty(grad_wide.shape[0], self.inputs))
+        grad, border = grad_wide[:, : self.outputs], grad_wide[:, self.outputs :]
+        rows = quantize_rows(grad, border, None if without_lora else balance)
+        return product_(rows, weight, grad.new_empty(grad.shape[0], self.inputs))
 
     def _matrix(self, wide: Tensor, *, transposed: bool) -> tuple[Rows, Tensor | None]:
         """Return the weights with LoRA's factor in their border, and the factor's balance."""

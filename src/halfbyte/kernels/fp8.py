@@ -31,8 +31,8 @@ LARGEST = 448.0
 # Hopper's tensor cores add e4m3 products in 14 bits. With fast accumulation they do so over a whole
 # row, else they pass their sum on to float32 every 128 terms. That takes their time and gives
 # nothing here, where e4m3 itself is off by more: the products of an MLP of Llama 8B took 892 to
-# 1,494 us instead of 1,266 to 1,824 (8,192 tokens, H100); all are off by 3.67 to 3.78 %, else 3.66 to
-# 3.76 %; LoRA's share by 0.34 to 0.35 % both ways.
+# 1,494 us instead of 1,266 to 1,824 (8,192 tokens, H100); all are off by 3.67 to 3.78 %, else
+# 3.66 to 3.76 %; LoRA's share by 0.34 to 0.35 % both ways.
 FAST_ACCUMULATION = True
 TINY = 1e-30
 """Rows whose magnitudes stay below are scaled as if they reached it."""
@@ -56,20 +56,20 @@ def border_columns(ranks: int) -> int:
 
 
 @accelerated
-def quantize_rows(x: Tensor, features: int, balance: Tensor | None) -> Rows:
-    """Return `x` in eight bits, with its last columns split for the product with LoRA inside.
+def quantize_rows(x: Tensor, border: Tensor, balance: Tensor | None) -> Rows:
+    """Return `x` in eight bits, behind it `border`, split for the product with LoRA inside.
 
     Args:
-        x: `[T, K + R]` of any float dtype (rows may have a pitch).
-        features: K.
-        balance: float32 `[1]` of `split_border_`; None: the last columns count for nothing, their
-            place is filled with zeros.
+        x: `[T, K]` of any float dtype (rows may have a pitch).
+        border: `[T, R]` (rows may have a pitch).
+        balance: float32 `[1]` of `split_border_`; None: the border counts for nothing, its place
+            is filled with zeros.
     """
-    wide = x.to(torch.float32)
-    main, border = wide[:, :features], wide[:, features:]
+    main, border = x.to(torch.float32), border.to(torch.float32)
     border = torch.zeros_like(border) if balance is None else border / balance
     largest = torch.cat((main, border), 1).abs().amax(1, keepdim=True).clamp_min(TINY)
     inverse = 1 / largest * LARGEST
+    features = x.shape[1]
     columns = border_columns(border.shape[1])
     values = x.new_empty((x.shape[0], features + columns), dtype=DTYPE)
     values[:, :features] = (main * inverse).to(DTYPE)
