@@ -60,6 +60,7 @@ _STEPS = {
     "unsloth-lengths": (
         f"{_PEER} --impl unsloth --checkpointing off --shapes lengths", ("unsloth",), False,
     ),
+    "ours-fp8": (f"{_OURS} --compute fp8 --shapes {STEP_SHAPES}", (), True),
     "ours-dropout": (f"{_OURS} --dropout 0.05 --shapes {STEP_SHAPES}", (), True),
     "unsloth-dropout": (f"{_PEER} --impl unsloth --dropout 0.05", ("unsloth",), False),
     "ours-long": (

@@ -6,8 +6,9 @@
 All start from one bf16 checkpoint, quantized by each contestant itself (the codes are compared),
 with one LoRA initialisation, the same batches in the same order, AdamW with 32-bit state and
 clipping. What differs is rounding. Its yardstick is a second run of the peer with another order of
-summation: the attention of transformers' "eager" instead of "sdpa". Prints one JSON line: every
-loss, and the largest and mean difference from the peer.
+summation: the attention of transformers' "eager" instead of "sdpa". On a GPU that has it, Halfbyte
+runs with `compute: fp8` too, which is compared with itself in bf16 as well. Prints one JSON line:
+every loss, and the largest and mean difference from the peer.
 """
 
 import argparse
@@ -31,10 +32,11 @@ from halfbyte.train.loss import LanguageModel
 from halfbyte.train.step import train_step
 
 ROWS, LENGTH, STEPS = 4, 64, 50
+OURS, OURS_FP8, PEER = "halfbyte, auto", "halfbyte, fp8", "peer, sdpa"
 LEARNING_RATE, MAX_GRAD_NORM = 1e-3, 1.0
 SEVEN = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 LORA = {"r": 16, "lora_alpha": 32, "target_modules": SEVEN, "task_type": "CAUSAL_LM"}
-COLOURS = ("#1f77b4", "#2ca02c", "#d62728", "#ff9896")
+COLOURS = ("#1f77b4", "#2ca02c", "#9467bd", "#d62728", "#ff9896")
 
 
 def batches(steps: int, vocabulary: int) -> list[torch.Tensor]:
@@ -59,9 +61,9 @@ def ours(folder: Path, device: str):
     return hb.add_lora(model, hb.LoraConfig(**LORA), seed=0).train()
 
 
-def our_losses(model, memory: str, data: list[torch.Tensor]) -> list[float]:
+def our_losses(model, memory: str, compute: str, data: list[torch.Tensor]) -> list[float]:
     optimizer = AdamW([(n, p) for n, p in model.named_parameters() if p.requires_grad])
-    language_model = LanguageModel.of(model, memory=memory)
+    language_model = LanguageModel.of(model, memory=memory, compute=compute)
     losses = []
     for step, ids in enumerate(data):
         positions = torch.arange(LENGTH).expand(ROWS, LENGTH)
@@ -119,11 +121,14 @@ def same_codes(ours, theirs) -> bool:
 def trained(folder: Path, device: str, steps: int) -> tuple[dict[str, list[float]], bool]:
     """Return each contestant's losses, and whether the 4-bit weights are the same."""
     losses = {}
-    for memory in ("auto", "lean"):
+    runs = {OURS: ("auto", "bf16"), "halfbyte, lean": ("lean", "bf16")}
+    if torch.device(device).type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9):
+        runs[OURS_FP8] = ("auto", "fp8")
+    for name, (memory, compute) in runs.items():
         model = ours(folder, device)
         data = batches(steps, model.config.vocab_size)
         start = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
-        losses[f"halfbyte, {memory}"] = our_losses(model, memory, data)
+        losses[name] = our_losses(model, memory, compute, data)
     equal = True
     for attention in ("sdpa", "eager"):
         theirs = peer(folder, device, attention, start)
@@ -133,17 +138,19 @@ def trained(folder: Path, device: str, steps: int) -> tuple[dict[str, list[float
 
 
 def differences(losses: dict[str, list[float]]) -> dict[str, dict[str, float]]:
-    """Return how far each run is from the peer's, in nats a token."""
-    against = torch.tensor(losses["peer, sdpa"])
-    found = {}
-    for name, values in losses.items():
-        if name != "peer, sdpa":
-            apart = (torch.tensor(values) - against).abs()
-            found[name] = {
-                "max": round(apart.max().item(), 5),
-                "mean": round(apart.mean().item(), 5),
-            }
+    """Return how far each run is from the peer's, and fp8 from bf16, in nats a token."""
+    found = {name: apart(losses, name, PEER) for name in losses if name != PEER}
+    if OURS_FP8 in losses:
+        found[f"{OURS_FP8}, from bf16"] = apart(losses, OURS_FP8, OURS)
     return found
+
+
+def apart(losses: dict[str, list[float]], name: str, other: str) -> dict[str, float]:
+    between = torch.tensor(losses[name]) - torch.tensor(losses[other])
+    return {
+        "max": round(between.abs().max().item(), 5), "mean": round(between.abs().mean().item(), 5),
+        "last": round(between[-1].item(), 5),
+    }  # fmt: skip
 
 
 def drawing(losses: dict[str, list[float]]) -> str:
@@ -195,8 +202,8 @@ def main(argv: list[str] | None = None) -> None:
         losses, equal = trained(folder, args.device, args.steps)
     line = {
         "case": "loss_curve", "shape": args.shape, "device": args.device, "steps": args.steps,
-        "same_codes": equal, "first": round(losses["peer, sdpa"][0], 4),
-        "last": round(losses["peer, sdpa"][-1], 4), "differences": differences(losses),
+        "same_codes": equal, "first": round(losses[PEER][0], 4),
+        "last": round(losses[PEER][-1], 4), "differences": differences(losses),
         "losses": {name: [round(v, 5) for v in values] for name, values in losses.items()},
     }  # fmt: skip
     if args.plot is not None:

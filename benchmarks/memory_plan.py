@@ -40,7 +40,9 @@ RUNS = [  # shape, rank, rows, length, memory ("auto", "lean", "fast" or GiB), o
 ]
 
 
-def measure(shape: str, rank: int, rows: int, length: int, memory, optim: str, steps: int) -> dict:
+def measure(
+    shape: str, rank: int, rows: int, length: int, memory, optim: str, steps: int, compute: str
+) -> dict:  # fmt: skip
     device = torch.device("cuda")
     release()
     before = torch.cuda.memory_allocated()
@@ -54,11 +56,11 @@ def measure(shape: str, rank: int, rows: int, length: int, memory, optim: str, s
         [(n, p) for n, p in model.named_parameters() if p.requires_grad],
         state_bits=state_bits, placement=place if is_paged else "device",
     )  # fmt: skip
-    parts = LanguageModel.of(model, memory=spend)
+    parts = LanguageModel.of(model, memory=spend, compute=compute)
     torch.cuda.reset_peak_memory_stats()
     setting = Setting(
-        rows=rows, length=length, memory=spend, state_bits=state_bits, is_paged=is_paged,
-        total_bytes=torch.cuda.mem_get_info()[1],
+        rows=rows, length=length, memory=spend, compute=compute, state_bits=state_bits,
+        is_paged=is_paged, total_bytes=torch.cuda.mem_get_info()[1],
     )  # fmt: skip
     planned = time.perf_counter()
     predicted = Planner(model).predict(setting)
@@ -78,7 +80,7 @@ def measure(shape: str, rank: int, rows: int, length: int, memory, optim: str, s
     optimizer.release()
     return {
         "shape": shape, "rank": rank, "rows": rows, "length": length, "memory": memory,
-        "optim": optim, "fused": parts.is_fused,
+        "optim": optim, "compute": compute, "fused": parts.is_fused,
         "predicted_gib": round(predicted.peak.nbytes / 2**30, 3),
         "measured_gib": round(measured / 2**30, 3),
         "difference_percent": round(100 * difference / measured, 2),
@@ -95,6 +97,7 @@ def measure(shape: str, rank: int, rows: int, length: int, memory, optim: str, s
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--runs", help="a range such as 0-3; by default all")
+    parser.add_argument("--compute", default="bf16", choices=["bf16", "fp8"])
     parser.add_argument("--steps", type=int, default=2)
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
@@ -102,7 +105,7 @@ def main() -> None:
     results = []
     for run in RUNS[first : last + 1]:
         try:
-            result = measure(*run, args.steps)
+            result = measure(*run, args.steps, args.compute)
         except torch.OutOfMemoryError as error:
             result = {"shape": run[0], "run": run, "error": str(error)[:300]}
         results.append(result)

@@ -22,11 +22,12 @@ KINDS = (
     ("LoRA's own products", r"nvjet\w*?_(?:16|32|64)x(?:8|16|32|64)_|splitK|rank_|skinny"),
     ("products", r"nvjet|gemm|cutlass|xmma"),
     ("attention", r"cudnn|flash|fmha"),
+    ("to eight bits", r"_quantize_rows|_largest_kernel|_split_kernel"),
     ("RMSNorm", r"rms_norm"),
     ("SwiGLU", r"gated"),
     ("RoPE", r"rope"),
     ("softmax loss", r"softmax_loss"),
-    ("dequantize", r"dequantize|assemble|fill|border"),
+    ("dequantize", r"dequantize|assemble|fill|border|factors"),
     ("AdamW", r"adamw"),
     ("copies and sums", r"copy|memcpy|memset|elementwise|reduce|cat"),
 )
@@ -52,14 +53,26 @@ class Model:
         return self.layers * self.hidden * (2 * self.hidden + 2 * keys + 3 * self.wide)
 
     @property
+    def product_columns(self) -> int:
+        """What the products of all layers read of a token, forward and backward."""
+        qkv = self.hidden + 2 * self.hidden * self.kv_heads // self.heads
+        return self.layers * (3 * self.hidden + self.wide + qkv + 2 * self.hidden + 2 * self.wide)
+
+    @property
     def adapter_parameters(self) -> int:
         keys = self.hidden * self.kv_heads // self.heads
         sides = 2 * 2 * self.hidden + 2 * (self.hidden + keys) + 3 * (self.hidden + self.wide)
         return self.layers * self.rank * sides
 
 
-def work(model: Model, rows: int, length: int) -> dict[str, tuple[float, float]]:
-    """Return the operations and the bytes that each kind of kernel needs at least."""
+def work(
+    model: Model, rows: int, length: int, compute: str = "bf16"
+) -> dict[str, tuple[float, float]]:
+    """Return the operations and the bytes that each kind of kernel needs at least.
+
+    An operation in eight bits counts as a half: a card does twice as many.
+    """
+    is_fp8 = compute == "fp8"
     tokens, hidden, layers = rows * length, model.hidden, model.layers
     head = 2 * 2 * tokens * model.vocabulary * hidden
     tensor, wide = 2 * tokens * hidden, 2 * tokens * model.wide
@@ -67,7 +80,8 @@ def work(model: Model, rows: int, length: int) -> dict[str, tuple[float, float]]
     causal = 2 * rows * length**2 * hidden * layers
     return {
         # Forward and the gradient of the input; the weights are frozen.
-        "products": (2 * 2 * tokens * model.linear_parameters + head, 0),
+        "products": (2 * 2 * tokens * model.linear_parameters / (1 + is_fp8) + head, 0),
+        "to eight bits": (0, is_fp8 * 3 * tokens * model.product_columns),
         "attention": (3.5 * causal, 0),
         # Two norms a layer read two tensors and write two, forward and backward.
         "RMSNorm": (0, layers * 2 * 2 * 4 * tensor),
@@ -123,7 +137,7 @@ def table(found: dict) -> str:
     return "\n".join(lines)
 
 
-def profiled(shape: str, memory: str) -> tuple[list[dict], float, dict]:
+def profiled(shape: str, memory: str, compute: str) -> tuple[list[dict], float, dict]:
     """Return the kernels of one step, its milliseconds without profiler, and the card's rates."""
     import gpu_step
     import kernels_gpu
@@ -139,8 +153,8 @@ def profiled(shape: str, memory: str) -> tuple[list[dict], float, dict]:
     model = gpu_step.random_model("llama8b", torch.device("cuda"))
     model = hb.add_lora(model, hb.LoraConfig(r=16, lora_alpha=32)).train()
     optimizer = AdamW([(n, p) for n, p in model.named_parameters() if p.requires_grad], lr=1e-4)
-    timed = gpu_step.measure(model, optimizer, memory, shape, 5, [], 0.0)
-    language_model = LanguageModel.of(model, memory=memory)
+    timed = gpu_step.measure(model, optimizer, memory, shape, 5, [], 0.0, compute)
+    language_model = LanguageModel.of(model, memory=memory, compute=compute)
     data = gpu_step.batches_of(shape, [], model.config.vocab_size, 0)
 
     def step(number: int) -> None:
@@ -165,16 +179,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shape", default="4x2048")
     parser.add_argument("--memory", default="auto", help="auto or fast: nothing is recomputed")
+    parser.add_argument("--compute", default="bf16", choices=["bf16", "fp8"])
     parser.add_argument("--from", dest="source", type=Path, help="a result with a profile")
     parser.add_argument("--key", default="profile_4x2048_auto")
     args = parser.parse_args()
     if args.source is None:
-        kernels, step_ms, rates = profiled(args.shape, args.memory)
+        kernels, step_ms, rates = profiled(args.shape, args.memory, args.compute)
     else:
         before = json.loads(args.source.read_text(encoding="utf-8"))[args.key]
         kernels, step_ms, rates = before["kernels"], before["step_ms"], RATES
     rows, length = map(int, args.shape.split("x"))
-    found = analysis(kernels, step_ms, work(Model(), rows, length), rates)
+    found = analysis(kernels, step_ms, work(Model(), rows, length, args.compute), rates)
     print(json.dumps(found), flush=True)
     print(table(found))
 

@@ -56,7 +56,8 @@ def grid(head: list[str], body: list[list[str]]) -> str:
 
 def contestant(row: dict) -> str:
     if "memory" in row:
-        return f"Halfbyte, {row['memory']}"
+        compute = row.get("compute", "bf16")
+        return f"Halfbyte, {row['memory']}" + (f", {compute}" if compute != "bf16" else "")
     return f"{PEERS.get(row['impl'], row['impl'])}, {NAMES[row['checkpointing']]}"
 
 

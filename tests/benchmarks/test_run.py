@@ -113,6 +113,21 @@ def test_a_profile_is_told_by_kinds_against_their_limits(load):
     assert found["no_kernel_ms"] == 68.0
     assert found["floor_ms"] == pytest.approx(373, abs=1)
     assert "| SwiGLU | 20.0 | 5.0 % |" in profile.table(found)
+    exact, eight = (profile.work(model, 4, 2048, compute) for compute in ("bf16", "fp8"))
+    saved = exact["products"][0] - eight["products"][0]
+    assert saved == 2 * 8192 * model.linear_parameters
+    assert (exact["to eight bits"][1], eight["to eight bits"][1]) == (0, 3 * 8192 * 32 * 69632)
+    assert profile.kind_of("_quantize_rows_kernel") == "to eight bits"
+
+
+def test_eight_bits_are_told_apart(load):
+    contestant = load("table").contestant
+    assert contestant({"memory": "auto", "compute": "bf16"}) == "Halfbyte, auto"
+    assert contestant({"memory": "auto", "compute": "fp8"}) == "Halfbyte, auto, fp8"
+    losses = {"halfbyte, auto": [3.0, 1.0], "halfbyte, fp8": [3.0, 1.5], "peer, sdpa": [2.0, 1.0]}
+    found = load("loss_curve").differences(losses)
+    assert found["halfbyte, fp8"] == {"max": 1.0, "mean": 0.75, "last": 0.5}
+    assert found["halfbyte, fp8, from bf16"] == {"max": 0.5, "mean": 0.25, "last": 0.5}
 
 
 def test_our_losses_are_those_of_the_peer_on_a_tiny_model(load, capsys):
