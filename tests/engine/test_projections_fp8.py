@@ -109,6 +109,21 @@ def test_loras_share_is_as_good_as_in_bf16(b):
     assert grad_x < 0.01
 
 
+@pytest.mark.parametrize("kind", [Siblings, Fp8Siblings])
+@torch.no_grad()
+def test_what_has_no_border_gives_the_same(kind):
+    group = kind(_group().projections, dropout=0.3)
+    x_wide = torch.randn(7, K + group.rank, dtype=torch.float64)
+    x, wide = x_wide[:, :K].clone(), group.wide(x_wide)
+    xa = group.down_(x_wide, wide, SEED)
+    expected = group.forward(x_wide, wide, x.new_empty(7, group.outputs))
+    out = torch.empty_like(expected)
+    found = group.forward_alone(x, wide, SEED, out)
+    assert found[0] is out
+    assert torch.equal(out, expected)
+    assert torch.equal(found[1], xa)
+
+
 def test_rows_far_apart_in_size_are_as_good_as_others():
     group = _group()
     x = torch.randn(9, K, dtype=torch.float64) * torch.logspace(-8, 8, 9).unsqueeze(1).double()

@@ -297,9 +297,7 @@ def _middle(
     """
     o, norm, o_out = weights.o, weights.norm, None
     wide = o.wide(x)
-    attention_wide = with_border(attention, o.rank)
-    o_xa = o.down_(attention_wide, wide, seed)
-    delta = o.forward(attention_wide, wide, x.new_empty(x.shape))
+    delta, o_xa = o.forward_alone(attention, wide, seed, x.new_empty(x.shape))
     if weights.after_o is not None:
         o_out, delta = delta, weights.after_o(delta)
     scale = _row_factors(x)

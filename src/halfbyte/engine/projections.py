@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from halfbyte.kernels.border import with_border
 from halfbyte.kernels.dropout import Mask
 from halfbyte.kernels.rms_norm import Factors
 from halfbyte.kernels.skinny import product_float32, rank_gradient, rank_product_
@@ -166,7 +167,9 @@ class Siblings:
 
         The copy `[T, R]` is what `grad_B` is made from.
         """
-        x, border = x_wide[:, : self.inputs], x_wide[:, self.inputs :]
+        return self._down(x_wide[:, : self.inputs], x_wide[:, self.inputs :], wide, seed)
+
+    def _down(self, x: Tensor, border: Tensor, wide: Tensor, seed: Tensor | None) -> Tensor:
         if not self.rank:
             return border
         scaling = 1.0 if self.scaling is None else self.scaling
@@ -189,6 +192,14 @@ class Siblings:
         """Write all siblings' outputs into `out` `[T, N]` and return it."""
         torch.mm(x_wide, wide[: self.outputs].t(), out=out)
         return self.add_bias_(out)
+
+    def forward_alone(
+        self, x: Tensor, wide: Tensor, seed: Tensor | None, out: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Return what `forward` and `down_` return, of an `x` `[T, K]` that has no border."""
+        x_wide = with_border(x, self.rank)
+        xa = self.down_(x_wide, wide, seed)
+        return self.forward(x_wide, wide, out), xa
 
     def add_bias_(self, out: Tensor) -> Tensor:
         """Add the siblings' biases to their outputs, and return these."""

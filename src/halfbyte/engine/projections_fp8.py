@@ -135,8 +135,18 @@ class Fp8Siblings(Siblings):
 
     def forward(self, x_wide: Tensor, wide: Tensor, out: Tensor) -> Tensor:
         """Write all siblings' outputs into `out` `[T, N]` and return it."""
+        return self._forward(x_wide[:, : self.inputs], x_wide[:, self.inputs :], wide, out)
+
+    def forward_alone(
+        self, x: Tensor, wide: Tensor, seed: Tensor | None, out: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Return what `Siblings.forward_alone` returns, without a copy of `x`."""
+        border = x.new_empty(x.shape[0], self.rank)
+        xa = self._down(x, border, wide, seed)
+        return self._forward(x, border, wide, out), xa
+
+    def _forward(self, x: Tensor, border: Tensor, wide: Tensor, out: Tensor) -> Tensor:
         weight, balance = self._matrix(wide, transposed=False)
-        x, border = x_wide[:, : self.inputs], x_wide[:, self.inputs :]
         product_(quantize_rows(x, border, balance), weight, out)
         return self.add_bias_(out)
 
