@@ -19,7 +19,6 @@ from halfbyte.kernels.matvec_4bit import matvec_4bit as _dispatching_matvec_4bit
 from halfbyte.kernels.matvec_4bit_parts_triton import (
     before_product,
     norm_scale,
-    scales,
     sibling_of,
     weights_of,
 )
@@ -27,8 +26,11 @@ from halfbyte.kernels.matvec_4bit_tokens_triton import several_tokens
 from halfbyte.kernels.rms_norm import Norm
 
 MAX_TOKENS = 128
-# A warp, and with four rows for each of its lanes 128 registers: no more would be resident.
-_LANES, _ROWS = 32, 4
+_LANES = 32
+# Rows of a program and its registers: with few outputs fewer rows, that warps be enough to hide
+# each other's waiting (25 fit on a multiprocessor, or 16).
+_MANY_OUTPUTS = 8192
+_FEW_ROWS, _MANY_ROWS = (2, 80), (4, 128)
 # From how many tokens on tensor cores are used.
 _SEVERAL = 2
 _PREPARE_PROGRAMS = 16
@@ -41,7 +43,29 @@ def _level(codes, tables, i: tl.constexpr):
 
 
 @triton.jit
-def _values(codes, tables, ASM: tl.constexpr):
+def _words(tables, ASM: tl.constexpr):
+    """Return the eight words of the tables, in registers of each lane.
+
+    The compiler would move what is the same for all lanes there anew for each use: z is 0, but that
+    it cannot tell.
+    """
+    if ASM == "":
+        # The interpreter reads the levels from memory.
+        t0, t1, t2, t3, t4, t5, t6, t7 = 0, 0, 0, 0, 0, 0, 0, 0
+    else:
+        z = tl.inline_asm_elementwise(
+            "{ .reg .b32 m; mov.u32 m, %lanemask_lt; shr.u32 $0, m, 31; }", "=r,r",
+            [tl.load(tables)], dtype=tl.int32, is_pure=True, pack=1,
+        )  # fmt: skip
+        t0, t1 = tl.load(tables) ^ z, tl.load(tables + 1) ^ z
+        t2, t3 = tl.load(tables + 2) ^ z, tl.load(tables + 3) ^ z
+        t4, t5 = tl.load(tables + 4) ^ z, tl.load(tables + 5) ^ z
+        t6, t7 = tl.load(tables + 6) ^ z, tl.load(tables + 7) ^ z
+    return t0, t1, t2, t3, t4, t5, t6, t7
+
+
+@triton.jit
+def _values(codes, tables, t0, t1, t2, t3, t4, t5, t6, t7, ASM: tl.constexpr):
     """Return the eight values of each word of codes, in the order of the elements."""
     if ASM == "":
         v0, v1 = _level(codes, tables, 0), _level(codes, tables, 1)
@@ -49,11 +73,9 @@ def _values(codes, tables, ASM: tl.constexpr):
         v4, v5 = _level(codes, tables, 4), _level(codes, tables, 5)
         v6, v7 = _level(codes, tables, 6), _level(codes, tables, 7)
     else:
-        # As loaded values the tables stay in registers; constants would be moved there every time.
         v0, v1, v2, v3, v4, v5, v6, v7 = tl.inline_asm_elementwise(
             ASM, "=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,r,r,r,r,r,r,r,r,r",
-            [codes, tl.load(tables), tl.load(tables + 1), tl.load(tables + 2), tl.load(tables + 3),
-             tl.load(tables + 4), tl.load(tables + 5), tl.load(tables + 6), tl.load(tables + 7)],
+            [codes, t0, t1, t2, t3, t4, t5, t6, t7],
             dtype=(tl.float32, tl.float32, tl.float32, tl.float32,
                    tl.float32, tl.float32, tl.float32, tl.float32),
             is_pure=True, pack=1,
@@ -66,6 +88,18 @@ def _codes(packed, row, is_row, words, WORDS: tl.constexpr):
     mask = is_row[:, None] & (words < WORDS)
     at = packed + row[:, None] * WORDS + words
     return tl.load(at, mask=mask, other=0, eviction_policy="evict_first")
+
+
+@triton.jit
+def _scale_parts(absmax, nested, row, is_row, block, BLOCKS: tl.constexpr, NESTED: tl.constexpr):
+    """Return what the scales of these blocks are made of: codes and their scales, or themselves."""
+    at = row[:, None] * BLOCKS + block
+    mask = is_row[:, None] & (block < BLOCKS)
+    level = tl.load(absmax + at, mask=mask, other=0)
+    outer = level
+    if NESTED:
+        outer = tl.load(nested + at // 256, mask=mask, other=0.0)
+    return level, outer
 
 
 @triton.jit
@@ -118,19 +152,36 @@ def _matvec_kernel(
     mean = 0.0
     if NESTED:
         mean = tl.load(offset)
+    at = first + row
+    # What is needed last is asked for first, and what the next step needs before this one's work.
+    if RANK > 0:
+        ranks = tl.arange(0, BLOCK_R)
+        is_rank = ranks < RANK
+        b = tl.load(
+            lora_B + at[:, None] * RANK + ranks[None, :],
+            mask=is_row[:, None] & is_rank[None, :], other=0.0,
+        )  # fmt: skip
+        low = tl.load(xa + sibling * RANK + ranks, mask=is_rank, other=0.0)
+    if HAS_RESIDUAL:
+        beside = tl.load(residual + at, mask=is_row, other=0.0)
     WORDS: tl.constexpr = K // 8
     words = tl.arange(0, LANES * 4)[None, :]
     # Of these words; where blocks are longer, a part of one.
     NUM_BLOCKS: tl.constexpr = max(LANES * 32 // SIZE, 1)
+    block = tl.arange(0, NUM_BLOCKS)[None, :]
     codes = _codes(packed, row, is_row, words, WORDS)
+    level, outer = _scale_parts(absmax, nested, row, is_row, block, K // SIZE, NESTED)
+    t0, t1, t2, t3, t4, t5, t6, t7 = _words(tables, ASM)
     acc = tl.zeros([ROWS, LANES], tl.float32)
     for start in tl.range(0, WORDS, LANES * 4):
         ahead = _codes(packed, row, is_row, words + LANES * 4, WORDS)
-        block = start * 8 // SIZE + tl.arange(0, NUM_BLOCKS)[None, :]
-        scale = scales(
-            absmax, nested, nested_map, mean, row[:, None] * (K // SIZE) + block,
-            is_row[:, None] & (block < K // SIZE), NESTED,
-        )  # fmt: skip
+        scale = level
+        if NESTED:
+            scale = tl.load(nested_map + level.to(tl.int32)) * outer + mean
+        block = (start + LANES * 4) * 8 // SIZE + tl.arange(0, NUM_BLOCKS)[None, :]
+        level, outer = _scale_parts(absmax, nested, row, is_row, block, K // SIZE, NESTED)
+        # Else the compiler moves these loads to where their results are needed.
+        tl.debug_barrier()
         is_in = words < WORDS
         x0 = tl.load(x + words, mask=is_in, other=0.0)
         x1 = tl.load(x + WORDS + words, mask=is_in, other=0.0)
@@ -140,7 +191,7 @@ def _matvec_kernel(
         x5 = tl.load(x + 5 * WORDS + words, mask=is_in, other=0.0)
         x6 = tl.load(x + 6 * WORDS + words, mask=is_in, other=0.0)
         x7 = tl.load(x + 7 * WORDS + words, mask=is_in, other=0.0)
-        v0, v1, v2, v3, v4, v5, v6, v7 = _values(codes, tables, ASM)
+        v0, v1, v2, v3, v4, v5, v6, v7 = _values(codes, tables, t0, t1, t2, t3, t4, t5, t6, t7, ASM)
         s = v0 * x0
         s += v1 * x1
         s += v2 * x2
@@ -158,19 +209,12 @@ def _matvec_kernel(
         codes = ahead
         words += LANES * 4
     y = tl.sum(acc, 1)
-    at = first + row
     if RANK > 0:
-        ranks = tl.arange(0, BLOCK_R)
-        is_rank = ranks < RANK
-        b = tl.load(
-            lora_B + at[:, None] * RANK + ranks[None, :],
-            mask=is_row[:, None] & is_rank[None, :], other=0.0,
-        ).to(tl.float32)  # fmt: skip
-        y += tl.sum(b * tl.load(xa + sibling * RANK + ranks, mask=is_rank, other=0.0)[None, :], 1)
+        y += tl.sum(b.to(tl.float32) * low[None, :], 1)
     if HAS_BIAS:
         y += tl.load(bias + at, mask=is_row, other=0.0).to(tl.float32)
     if HAS_RESIDUAL:
-        y += tl.load(residual + at, mask=is_row, other=0.0).to(tl.float32)
+        y += beside.to(tl.float32)
     tl.store(out + at, y.to(out.dtype.element_ty), mask=is_row)
 
 
@@ -200,7 +244,7 @@ def matvec_4bit(x, group, *, before=None, residual=None) -> Tensor:
             return several_tokens(x, group, before, residual)
         how = lookup(group.weights[0].quant_type, x.device)
         prepared, xa = prepare(x, group, before, how.x_scale)
-        return multiply(prepared, xa, group, residual, x.dtype, how, _ROWS)
+        return multiply(prepared, xa, group, residual, x.dtype, how)
 
 
 def prepare(x, group, before, x_scale) -> tuple[Tensor, Tensor]:
@@ -221,10 +265,11 @@ def prepare(x, group, before, x_scale) -> tuple[Tensor, Tensor]:
     return prepared, xa
 
 
-def multiply(prepared, xa, group, residual, dtype, how, rows) -> Tensor:
+def multiply(prepared, xa, group, residual, dtype, how) -> Tensor:
     """Return what is left to do for one token after `prepare`, `[1, N]`."""
     first = group.weights[0]
     pointers, outputs = weights_of(group, prepared, torch.int32)
+    rows, registers = _MANY_ROWS if sum(outputs) > _MANY_OUTPUTS else _FEW_ROWS
     rank = 0 if group.lora_A is None else group.lora_A.shape[0] // len(group.weights)
     out = torch.empty(1, sum(outputs), dtype=dtype, device=prepared.device)
     _matvec_kernel[(sum(triton.cdiv(n, rows) for n in outputs),)](
@@ -234,6 +279,6 @@ def multiply(prepared, xa, group, residual, dtype, how, rows) -> Tensor:
         HAS_BIAS=group.bias is not None, HAS_RESIDUAL=residual is not None,
         K=first.shape[1], SIZE=first.block_size, NESTED=first.nested_absmax is not None,
         ROWS=rows, LANES=_LANES, ASM=how.asm, SCALE=how.scale, SHIFT=how.shift / how.x_scale,
-        num_warps=1,
+        num_warps=1, maxnreg=registers,
     )  # fmt: skip
     return out
