@@ -58,6 +58,10 @@ def test_nested_codes_equal_the_exact_rule(numel, triton_device):
     # On a GPU the approximate reciprocal may move a value across a threshold.
     differing = int((codes.cpu() != expected_codes).sum())
     assert differing <= (0 if triton_device.type == "cpu" else 2)
+    offset = values.mean()
+    subtracted = twin.quantize_blockwise((values - offset).to(triton_device))
+    at_once = twin.quantize_blockwise(values.to(triton_device), offset.to(triton_device))
+    assert all(torch.equal(one, two) for one, two in zip(subtracted, at_once, strict=True))
 
 
 @pytest.mark.filterwarnings("ignore:divide by zero")

@@ -88,7 +88,7 @@ def quantize_absmax(absmax: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, t
         absmax_u8 uint8 [B], nested_absmax float32 [ceil(B / 256)] and their offset, float32 [].
     """
     offset = absmax.mean()
-    absmax_u8, nested_absmax = torch.ops.halfbyte.quantize_blockwise(absmax - offset)
+    absmax_u8, nested_absmax = torch.ops.halfbyte.quantize_blockwise(absmax, offset)
     return absmax_u8, nested_absmax, offset
 
 
@@ -233,12 +233,15 @@ def reference_dequantize_4bit(
 
 
 def reference_quantize_blockwise(
-    values: torch.Tensor, *, rule: str | None = None
+    values: torch.Tensor, offset: torch.Tensor | None = None, *, rule: str | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Quantize float32 [B] to the signed dynamic map in blocks of 256: codes uint8 [B], absmax.
 
+    Where there is an `offset`, float32 [], it is subtracted first.
+
     An all-zero block is code 0, as in bitsandbytes: with scale 0 every code decodes to 0.
     """
+    values = values if offset is None else values - offset
     device, numel = values.device, values.numel()
     padded = torch.nn.functional.pad(values, (0, -numel % NESTED_BLOCK_SIZE))
     padded = padded.view(-1, NESTED_BLOCK_SIZE)
@@ -300,7 +303,9 @@ def _fake_dequantize(
     return packed.new_empty(tuple(shape), dtype=dtype)
 
 
-def _fake_quantize_blockwise(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _fake_quantize_blockwise(
+    values: torch.Tensor, _offset: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
     num_blocks = (values.numel() + NESTED_BLOCK_SIZE - 1) // NESTED_BLOCK_SIZE
     return values.new_empty(values.shape, dtype=torch.uint8), values.new_empty((num_blocks,))
 
@@ -321,7 +326,7 @@ register_op(
     module=__name__,
 )
 register_op(
-    "quantize_blockwise(Tensor values) -> (Tensor, Tensor)",
+    "quantize_blockwise(Tensor values, Tensor? offset=None) -> (Tensor, Tensor)",
     reference_quantize_blockwise,
     _fake_quantize_blockwise,
     module=__name__,

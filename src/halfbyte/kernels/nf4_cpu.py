@@ -88,7 +88,10 @@ def dequantize_nested(
     return out
 
 
-def quantize_blockwise(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def quantize_blockwise(
+    values: torch.Tensor, offset: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    values = values if offset is None else values - offset
     library = native.library()
     if library is None or values.dtype != torch.float32:
         return nf4.reference_quantize_blockwise(values)

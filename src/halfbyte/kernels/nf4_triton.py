@@ -4,9 +4,9 @@ A program takes a tile of whole blocks, or a part of one where blocks are longer
 thread then reads 16 bytes of codes, and scales are read once a block. Offsets are 64-bit, because a
 stack of experts may hold more than 2^31 elements.
 
-Triton's interpreter (TRITON_INTERPRET=1) has no inline PTX; there `APPROXIMATE` is off and the
-reciprocal is the IEEE one. That changes no code of a bfloat16 weight and about one in 5e7 of a
-float32 one (bitsandbytes is built with --use_fast_math, hence the approximation).
+Triton's interpreter (TRITON_INTERPRET=1) has no inline PTX; there `HAS_PTX` is off, tables are read
+from memory and the reciprocal is the IEEE one. That changes no code of a bfloat16 weight and about
+one in 5e7 of a float32 one (bitsandbytes is built with --use_fast_math, hence the approximation).
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs
@@ -20,30 +20,59 @@ import triton.language as tl
 
 from halfbyte.kernels import codebooks, nf4
 
-# 2 KiB of codes a program: 16 bytes for each of 128 threads.
-_TILE = 4096
-_DEQUANTIZE_TILE = 4096
+# Elements of a program of two warps: 1 KiB of codes, 16 bytes a thread.
+_TILE, _WARPS = 2048, 2
 _NESTED_BLOCKS_AT_ONCE = 4
 _SMALLEST_NORMAL = tl.constexpr(2.0**-126)
 _SMALLEST_NORMAL_BITS = tl.constexpr(0x00800000)
-# The cubic through the thresholds of NF4 that comes nearest to their indices: 0.24 off at most.
-_CUBIC, _LINEAR, _CONSTANT = (
-    tl.constexpr(-4.5244631),
-    tl.constexpr(11.495629),
-    tl.constexpr(6.756177),
-)
-# 1.5 * 2^23: a float32 that it is added to is rounded to a whole number, which its low bits hold.
-_ROUNDER = tl.constexpr(12582912.0)
+# An odd parabola through the thresholds of NF4: less than a half off their indices, 0 to 14.
+_LINEAR, _SQUARE = tl.constexpr(11.8811), tl.constexpr(-3.7303)
+# The index at 0, and 1.5 * 2^23: what that is added to is rounded to a whole number, in low bits.
+_ROUNDER = tl.constexpr(7 + 12582912.0)
 
 
 @triton.jit
-def _inverse_absmax(x, APPROXIMATE: tl.constexpr):
+def table_of_32(ptr, HAS_PTX: tl.constexpr):
+    """Return a table of 32 floats for `entry`: one in each lane of a warp, or where it lies."""
+    if HAS_PTX:
+        table = tl.inline_asm_elementwise(
+            """{
+            .reg .u32 lane; .reg .u64 at;
+            mov.u32 lane, %laneid; mad.wide.u32 at, lane, 4, $1; ld.global.nc.f32 $0, [at];
+            }""",
+            "=f,l", [ptr], dtype=tl.float32, is_pure=True, pack=1,
+        )  # fmt: skip
+    else:
+        table = ptr
+    return table
+
+
+@triton.jit
+def entry(table, index, HAS_PTX: tl.constexpr):
+    """Return the entries of `table_of_32` at the low five bits of `index`."""
+    if HAS_PTX:
+        value = tl.inline_asm_elementwise(
+            "shfl.sync.idx.b32 $0, $1, $2, 31, -1;", "=f,f,r", [table, index],
+            dtype=tl.float32, is_pure=True, pack=1,
+        )  # fmt: skip
+    else:
+        value = tl.load(table + (index & 31))
+    return value
+
+
+@triton.jit
+def _larger(x, y):
+    """Return the larger one, or NaN where there is one."""
+    return tl.maximum(x, y, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def _inverse_absmax(x, HAS_PTX: tl.constexpr):
     """Return the largest magnitude of each row, and one over it; both 0 where it is denormal."""
-    # As integers magnitudes order likewise, and a NaN is above all: it shows in absmax.
-    magnitude = x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
-    largest = tl.max(magnitude, axis=1)
+    # As an integer a NaN is above all: it shows in absmax.
+    largest = tl.reduce(tl.abs(x), 1, _larger).to(tl.int32, bitcast=True)
     absmax = tl.where(largest < _SMALLEST_NORMAL_BITS, 0, largest).to(tl.float32, bitcast=True)
-    if APPROXIMATE:
+    if HAS_PTX:
         inverse = tl.inline_asm_elementwise(
             "rcp.approx.ftz.f32 $0, $1;", "=f,f", [absmax], dtype=tl.float32, is_pure=True, pack=1
         )
@@ -59,9 +88,9 @@ def _flush(x):
 
 
 @triton.jit
-def _multiply(x, y, APPROXIMATE: tl.constexpr):
+def _multiply(x, y, HAS_PTX: tl.constexpr):
     """Return x times y, denormals as zeros before and after."""
-    if APPROXIMATE:
+    if HAS_PTX:
         product = tl.inline_asm_elementwise(
             "mul.ftz.f32 $0, $1, $2;", "=f,f,f", [x, y], dtype=tl.float32, is_pure=True, pack=1
         )
@@ -71,14 +100,15 @@ def _multiply(x, y, APPROXIMATE: tl.constexpr):
 
 
 @triton.jit
-def _rank(thresholds_ptr, x, IS_SMOOTH: tl.constexpr):
-    """Return the count of the 15 thresholds below x, which lies in [-1, 1]."""
+def _rank(thresholds_ptr, x, IS_SMOOTH: tl.constexpr, HAS_PTX: tl.constexpr):
+    """Return the count of the 15 thresholds below x in [-1, 1]; for NF4 in the low byte."""
     if IS_SMOOTH:
-        # The cubic is off by less than a half: all thresholds before the nearest index are below x,
-        # none after it is, and one comparison decides. NaN becomes some index of the table too.
-        cubic = (x * x * _CUBIC + _LINEAR) * x + _CONSTANT
-        index = (cubic + _ROUNDER).to(tl.int32, bitcast=True) & 15
-        rank = index + (x > tl.load(thresholds_ptr + index)).to(tl.int32)
+        # Less than a half off: all thresholds before the nearest index are below x, none after it
+        # is, and the sign of one difference decides. NaN becomes some index of the table too.
+        near = (_SQUARE * tl.abs(x) + _LINEAR) * x + _ROUNDER
+        index = near.to(tl.int32, bitcast=True)
+        threshold = entry(table_of_32(thresholds_ptr, HAS_PTX), index, HAS_PTX)
+        rank = index + ((threshold - x).to(tl.uint32, bitcast=True) >> 31).to(tl.int32)
     else:
         rank = tl.zeros(x.shape, dtype=tl.int32)
         for k in tl.static_range(15):
@@ -89,22 +119,20 @@ def _rank(thresholds_ptr, x, IS_SMOOTH: tl.constexpr):
 @triton.jit
 def _quantize_kernel(
     weight_ptr, packed_ptr, absmax_ptr, thresholds_ptr, order_ptr, numel, num_bytes,
-    SIZE: tl.constexpr, BLOCKS: tl.constexpr, IS_SORTED: tl.constexpr, APPROXIMATE: tl.constexpr,
+    SIZE: tl.constexpr, BLOCKS: tl.constexpr, IS_SORTED: tl.constexpr, HAS_PTX: tl.constexpr,
 ):  # fmt: skip
     first = tl.program_id(0).to(tl.int64) * BLOCKS
     blocks = first + tl.arange(0, BLOCKS)
     offs = blocks[:, None] * SIZE + tl.arange(0, SIZE)[None, :]
     x = tl.load(weight_ptr + offs, mask=offs < numel, other=0.0).to(tl.float32)
-    absmax, inverse = _inverse_absmax(x, APPROXIMATE)
+    absmax, inverse = _inverse_absmax(x, HAS_PTX)
     tl.store(absmax_ptr + blocks, absmax, mask=blocks * SIZE < numel)
     x, inverse = tl.broadcast(x, inverse[:, None])
-    rank = _rank(thresholds_ptr, _multiply(x, inverse, APPROXIMATE), IS_SORTED)
+    rank = _rank(thresholds_ptr, _multiply(x, inverse, HAS_PTX), IS_SORTED, HAS_PTX)
     code = rank if IS_SORTED else tl.load(order_ptr + rank).to(tl.int32)
     high, low = tl.split(code.reshape(BLOCKS, SIZE // 2, 2))
     packed_offs = blocks[:, None] * (SIZE // 2) + tl.arange(0, SIZE // 2)[None, :]
-    tl.store(
-        packed_ptr + packed_offs, ((high << 4) | low).to(tl.uint8), mask=packed_offs < num_bytes
-    )
+    tl.store(packed_ptr + packed_offs, (high * 16 + low).to(tl.uint8), mask=packed_offs < num_bytes)
 
 
 @triton.jit
@@ -146,13 +174,15 @@ def nearest(thresholds_ptr, x):
 
 @triton.jit
 def _quantize_blockwise_kernel(
-    values_ptr, codes_ptr, absmax_ptr, thresholds_ptr, numel,
-    SIZE: tl.constexpr, BLOCKS: tl.constexpr, APPROXIMATE: tl.constexpr,
+    values_ptr, offset_ptr, codes_ptr, absmax_ptr, thresholds_ptr, numel,
+    SIZE: tl.constexpr, BLOCKS: tl.constexpr, HAS_OFFSET: tl.constexpr, HAS_PTX: tl.constexpr,
 ):  # fmt: skip
     blocks = tl.program_id(0).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)
     offs = blocks[:, None] * SIZE + tl.arange(0, SIZE)[None, :]
     x = tl.load(values_ptr + offs, mask=offs < numel, other=0.0)
-    absmax, inverse = _inverse_absmax(x, APPROXIMATE)
+    if HAS_OFFSET:
+        x = tl.where(offs < numel, x - tl.load(offset_ptr), 0.0)
+    absmax, inverse = _inverse_absmax(x, HAS_PTX)
     tl.store(absmax_ptr + blocks, absmax, mask=blocks * SIZE < numel)
     codes = nearest(thresholds_ptr, _flush(x) * inverse[:, None])
     codes = tl.where(absmax[:, None] > 0, codes, 0)
@@ -167,10 +197,12 @@ def _table(name: str, quant_type: str, device: torch.device) -> torch.Tensor:
 
 @functools.cache
 def _thresholds(quant_type: str, device: torch.device) -> torch.Tensor:
-    """Return the thresholds on the device, and infinity, which the index of a NaN may read."""
-    return torch.nn.functional.pad(
-        _table("thresholds", quant_type, device), (0, 1), value=torch.inf
+    """Return the thresholds as a table of 32 on the device: none is below 0, none above 14."""
+    table = torch.nn.functional.pad(
+        _table("thresholds", quant_type, device), (0, 17), value=torch.inf
     )
+    table[-1] = -torch.inf  # index -1
+    return table
 
 
 @functools.cache
@@ -197,7 +229,8 @@ def quantize_4bit(weight, *, block_size=64, quant_type="nf4"):
             SIZE=block_size,
             BLOCKS=blocks,
             IS_SORTED=quant_type == "nf4",
-            APPROXIMATE=weight.is_cuda,
+            HAS_PTX=weight.is_cuda,
+            num_warps=_WARPS,
         )
     return packed, absmax
 
@@ -229,8 +262,8 @@ def dequantize_nested(
 def _dequantize_into(out, packed, scales, nested, block_size, quant_type):
     """Fill `out`; `nested` is the codes, map and offset of scales in eight bits, or None."""
     numel = out.numel()
-    width = min(block_size, _DEQUANTIZE_TILE)
-    rows = _DEQUANTIZE_TILE // width
+    width = min(block_size, _TILE)
+    rows = _TILE // width
     codes, nested_map, offset = nested or (scales, scales, scales)
     with torch.cuda.device_of(packed):
         _dequantize_kernel[(triton.cdiv(numel, rows * width),)](
@@ -248,10 +281,11 @@ def _dequantize_into(out, packed, scales, nested, block_size, quant_type):
             ROWS=rows,
             IS_NESTED=nested is not None,
             enable_fp_fusion=False,
+            num_warps=_WARPS,
         )
 
 
-def quantize_blockwise(values):
+def quantize_blockwise(values, offset=None):
     values = values.contiguous()
     size, numel = nf4.NESTED_BLOCK_SIZE, values.numel()
     codes = torch.empty_like(values, dtype=torch.uint8)
@@ -259,12 +293,14 @@ def quantize_blockwise(values):
     with torch.cuda.device_of(values):
         _quantize_blockwise_kernel[(triton.cdiv(absmax.numel(), _NESTED_BLOCKS_AT_ONCE),)](
             values,
+            values if offset is None else offset,
             codes,
             absmax,
             dynamic_table("dynamic_thresholds", values.device, is_signed=True),
             numel,
             SIZE=size,
             BLOCKS=_NESTED_BLOCKS_AT_ONCE,
-            APPROXIMATE=values.is_cuda,
+            HAS_OFFSET=offset is not None,
+            HAS_PTX=values.is_cuda,
         )
     return codes, absmax
