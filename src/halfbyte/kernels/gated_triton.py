@@ -27,8 +27,23 @@ _PROGRAMS = 2048
 # (columns, tokens, warps) of a tile of the backward; [with dropout, without]. They took 569 and
 # 538 us at 8,192 tokens of Llama 8B on an H100, half or twice as many columns 590 to 800.
 _TILES = {True: (64, 32, 8), False: (64, 32, 4)}
+_FORWARD_ONCE, _BACKWARD_ONCE = True, True
 # Accumulators of larger ranks would not fit into registers with as many columns.
 _LARGE_RANKS, _TILE_OF_LARGE_RANKS = 64, (32, 32, 4)
+
+
+@triton.jit
+def _once(x, HAS_PTX: tl.constexpr):
+    """Return 16-bit x as it is, computed once.
+
+    What goes to memory and into a product is wanted in two layouts, and the compiler would compute
+    all that leads to it twice, exponentials too, rather than carry it from one to the other.
+    """
+    if HAS_PTX:
+        return tl.inline_asm_elementwise(
+            "mov.b32 $0, $1;", "=r,r", [x], dtype=x.dtype, is_pure=False, pack=2
+        )
+    return x
 
 
 @triton.jit
@@ -72,7 +87,7 @@ def _gated_product_kernel(
     gate_up_ptr, out_ptr, A_ptr, partial_ptr, seed_ptr, salt, threshold,
     stride_in, stride_out, stride_A, T, size, K_split,
     R: tl.constexpr, BLOCK_R: tl.constexpr, ACT: tl.constexpr, DROPS: tl.constexpr,
-    ALIGNED: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr,
+    ALIGNED: tl.constexpr, HAS_PTX: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     if ALIGNED:
         stride_in, stride_out = tl.multiple_of(stride_in, 8), tl.multiple_of(stride_out, 8)
@@ -97,7 +112,7 @@ def _gated_product_kernel(
             mask=column_mask[:, None] & rank_mask[None, :], other=0.0,
         )  # fmt: skip
         act, _ = _act_and_slope(gate.to(tl.float32), ACT)
-        hidden = (act * up).to(gate.dtype)
+        hidden = _once((act * up).to(gate.dtype), HAS_PTX)
         tl.store(out_ptr + rows[:, None] * stride_out + columns[None, :], hidden, mask=mask)
         if DROPS:
             hidden = tl.where(kept(keys, key, first, threshold, BLOCK_T, BLOCK_K), hidden, 0.0)
@@ -113,7 +128,7 @@ def _gated_backward_kernel(
     stride_in, stride_grad, stride_xa, stride_gb, stride_A, T, size, tokens_per_split,
     RG: tl.constexpr, RU: tl.constexpr, R2: tl.constexpr,
     BLOCK_R1: tl.constexpr, BLOCK_R2: tl.constexpr,
-    ACT: tl.constexpr, DROPS: tl.constexpr, ADDS: tl.constexpr,
+    ACT: tl.constexpr, DROPS: tl.constexpr, ADDS: tl.constexpr, HAS_PTX: tl.constexpr,
     BLOCK_I: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
     first_column = tl.program_id(0) * BLOCK_I
@@ -145,7 +160,7 @@ def _gated_backward_kernel(
                 gb_ptr + rows[:, None] * stride_gb + ranks2[None, :],
                 mask=row_mask[:, None] & (ranks2 < R2)[None, :], other=0.0,
             )  # fmt: skip
-            hidden = (act * up).to(gate.dtype)
+            hidden = _once((act * up).to(gate.dtype), HAS_PTX)
             if DROPS:
                 keys, key = row_keys(seed_ptr, salt, rows)
                 stays = kept(keys, key, first_column, threshold, BLOCK_T, BLOCK_I)
@@ -153,8 +168,8 @@ def _gated_backward_kernel(
                 if ADDS:
                     product = tl.dot(gb, A, input_precision="ieee") * scale
                     grad += tl.where(stays, product, 0.0)
-        d_gate = (grad * up * slope).to(gate.dtype)
-        d_up = (grad * act).to(gate.dtype)
+        d_gate = _once((grad * up * slope).to(gate.dtype), HAS_PTX)
+        d_up = _once((grad * act).to(gate.dtype), HAS_PTX)
         tl.store(gate_ptrs, d_gate, mask=mask)
         tl.store(gate_ptrs + size, d_up, mask=mask)
         xa_offs = rows[:, None] * stride_xa + ranks1[None, :]
@@ -181,6 +196,11 @@ def _gated_backward_kernel(
         ptrs = up_ptr + size * RU + ranks2[:, None] * size + columns[None, :]
         mask = (ranks2 < R2)[:, None] & column_mask[None, :]
         tl.store(ptrs, tl.trans(grad_down) * scale, mask=mask)
+
+
+def has_ptx(x: Tensor) -> bool:
+    """Return whether inline PTX works on x by pairs: Triton's interpreter (on a CPU) has none."""
+    return x.is_cuda and x.dtype.itemsize == 2
 
 
 def gated_forward(gate_up: Tensor, size: int, activation: str, *, columns: int = 0) -> Tensor:
@@ -215,7 +235,7 @@ def gated_product(
         gate_up, out, lora_A, partial, *mask_arguments(mask, partial),
         gate_up.stride(0), out.stride(0), lora_A.stride(0), T, size, each,
         R=R, BLOCK_R=block_ranks(R), ACT=activation, DROPS=mask is not None,
-        ALIGNED=is_aligned(gate_up, out, lora_A),
+        ALIGNED=is_aligned(gate_up, out, lora_A), HAS_PTX=_FORWARD_ONCE and has_ptx(gate_up),
         BLOCK_T=block_t, BLOCK_K=block_k, num_warps=warps, num_stages=stages,
     )  # fmt: skip
     return out, add_splits(partial, out[:, size:], mask, scaling)
@@ -250,6 +270,7 @@ def gated_backward_(
             RG=RG, RU=RU, R2=R2, BLOCK_R1=max(triton.next_power_of_2(max(RG, RU)), 16),
             BLOCK_R2=max(triton.next_power_of_2(R2), 16),
             ACT=activation, DROPS=mask is not None, ADDS=A is lora_A and mask is not None,
+            HAS_PTX=_BACKWARD_ONCE and has_ptx(gate_up),
             BLOCK_I=block_i, BLOCK_T=block_t, num_warps=warps,
         )  # fmt: skip
     total = partial.sum(0) if splits > 1 else partial[0]
