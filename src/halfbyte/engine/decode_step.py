@@ -3,7 +3,8 @@
 Everything a step reads or writes stays where it is: token ids, positions, cache and logits are
 tensors of fixed size on the device. So a step can be recorded once as a CUDA graph and replayed
 for every token. The weights stay in four bits (`kernels.matvec_4bit`); adapters are copied to the
-model's dtype, side by side, since they are read whole for every token.
+model's dtype, side by side, since they are read whole for every token. Prompts go through the
+training engine's halves of a layer, a few launches each, which leave their keys and values here.
 
 Shape letters: B sequences, L room for each, V vocabulary, D head size.
 """
@@ -13,8 +14,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
 
+from halfbyte.engine.attention import Layout, attention, backends
+from halfbyte.engine.block import IntoAttention, Keep, OutOfAttention
 from halfbyte.engine.layer import FusedLayer
 from halfbyte.engine.projections import Siblings
 from halfbyte.kernels.decode_attention import decode_attention_
@@ -64,6 +66,7 @@ class _Layer:
     """What a step needs of a decoder layer."""
 
     def __init__(self, layer: FusedLayer, like: Tensor) -> None:
+        self.fused = layer
         self.scale = layer.scale
         self.before_attention = layer.into.norm
         self.before_mlp = layer.out.norm
@@ -110,18 +113,20 @@ class DecodeStep:
     @torch.no_grad()
     def prefill(self, prompts: list[list[int]]) -> Tensor:
         """Fill the cache with B prompts and return the logits after each, `[B, V]`."""
-        lengths = torch.tensor([len(prompt) for prompt in prompts], device=self.tokens.device)
-        width = int(max(map(len, prompts)))
+        device = self.tokens.device
+        width = max(map(len, prompts))
         # Padding on the right: no token sees what comes after it, and the next ones overwrite it.
         padded = [[*prompt, *[0] * (width - len(prompt))] for prompt in prompts]
-        ids = torch.tensor(padded, device=self.tokens.device)
-        past: Any = DynamicCache()
-        hidden = self.body(input_ids=ids, past_key_values=past, use_cache=True)[0]
-        for cache, layer in zip(self.cache, past.layers, strict=True):
-            cache[0, :, :, :width] = layer.keys
-            cache[1, :, :, :width] = layer.values
+        x = self.body.embed_tokens(torch.tensor(padded, device=device)).flatten(0, 1)
+        angles = (self.cos[:width].repeat(self.batch, 1), self.sin[:width].repeat(self.batch, 1))
+        layout = Layout(self.batch, width, max_length=width)
+        with backends():
+            for layer, cache in zip(self.layers, self.cache, strict=True):
+                x = _prefill_layer(layer.fused, x, angles, layout, cache)
+        lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
         self.positions.copy_(lengths)
-        logits: Tensor = self.head(hidden[torch.arange(self.batch, device=ids.device), lengths - 1])
+        last = x.view(self.batch, width, -1)[torch.arange(self.batch, device=device), lengths - 1]
+        logits: Tensor = self.head(apply_before(last, self.final))
         return logits
 
     @torch.no_grad()
@@ -139,3 +144,21 @@ class DecodeStep:
         self.positions += 1
         logits: Tensor = self.head(apply_before(x, self.final))
         return logits
+
+
+def _prefill_layer(
+    layer: FusedLayer, x: Tensor, angles: tuple[Tensor, Tensor], layout: Layout, cache: Tensor
+) -> Tensor:
+    """Return the next hidden states `[T, H]`; write keys and values to `cache` `[2, B, M, L, D]`."""
+    into, out = layer.into, layer.out
+    x, query, key, value = IntoAttention.apply(
+        x, into, layer.shape, *angles, None, *into.qkv.adapters
+    )
+    for tensor, place in zip((key, value), cache, strict=True):
+        heads = tensor.unflatten(0, (layout.batch, layout.length)).transpose(1, 2)
+        place[:, :, : layout.length] = heads
+    mixed = attention(query, key, value, layout, layer.scale)
+    y: Tensor = OutOfAttention.apply(
+        mixed, x, out, layer.shape, Keep(everything=False), None, *out.adapters
+    )
+    return y
