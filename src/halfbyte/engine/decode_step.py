@@ -149,7 +149,7 @@ class DecodeStep:
 def _prefill_layer(
     layer: FusedLayer, x: Tensor, angles: tuple[Tensor, Tensor], layout: Layout, cache: Tensor
 ) -> Tensor:
-    """Return the next hidden states `[T, H]`; write keys and values to `cache` `[2, B, M, L, D]`."""
+    """Return the next hidden states `[T, H]`; fill `cache` `[2, B, M, L, D]`: keys, values."""
     into, out = layer.into, layer.out
     x, query, key, value = IntoAttention.apply(
         x, into, layer.shape, *angles, None, *into.qkv.adapters
