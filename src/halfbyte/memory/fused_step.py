@@ -110,17 +110,16 @@ class FusedStep:
         return self.tokens * columns * (itemsize or self.shape.itemsize)
 
     def _wide(self, group: Group) -> int:
-        """The dequantized matrix, where it does not stay; in fp8 LoRA's factors, which never do."""
-        is_there = self._staying and not group.is_fp8
-        return 0 if is_there else group.wide_bytes(self.shape.itemsize)
+        """The dequantized matrix, or in fp8 LoRA's factors, where they do not stay."""
+        return 0 if self._staying else group.wide_bytes(self.shape.itemsize)
 
     def _shared(self, group: Group, *, is_backward: bool) -> int:
         """What all tiles read; in fp8 a backward, which begins with a forward, reads both."""
         if self._staying:
             return 0
-        if is_backward or not group.is_fp8:
+        if is_backward:
             return group.staying_bytes(self.shape.itemsize)
-        return group.matrix_bytes(is_backward=False)
+        return self._wide(group) + group.matrix_bytes(is_backward=False)
 
     def _multiply(self, group: Group, *, is_backward: bool = False) -> None:
         """The worst moment of a product in eight bits; one in 16 takes nothing of its own."""
@@ -212,7 +211,9 @@ class FusedStep:
         """O, the norm, gate and up: what a layer that saves only attention computes again."""
         ledger, shape = self.ledger, self.shape
         normed = self._rows(shape.hidden + shape.gate_up.rank)
-        border = self._rows(shape.width + shape.o.rank) if shape.o.rank else 0
+        # In fp8 attention is not copied to have room for o's border beside it.
+        copy = 0 if shape.o.is_fp8 else shape.width
+        border = self._rows(copy + shape.o.rank) if shape.o.rank else 0
         mid, o_xa, o_out, gate_up_xa, gate_up = self._saved_in_mlp()
         with (
             ledger.hold(WEIGHTS, self._wide(shape.o)),
