@@ -4,7 +4,7 @@ import logging
 import pytest
 import torch
 
-from halfbyte.engine.projections import Projection, Siblings, pairs
+from halfbyte.engine.projections import Projection, Siblings, Stay, pairs
 from halfbyte.engine.projections_fp8 import (
     Fp8Siblings,
     fp8_siblings,
@@ -156,11 +156,30 @@ def test_what_stays_gives_the_same_and_follows_the_adapters():
             adapter.mul_(-2)
     changed = _run(group, x, grad, None)
     assert (group.stay.matrix, group.stay.transposed) == kept
-    again = _run(dataclasses.replace(group), x, grad, None)
+    again = _run(dataclasses.replace(group, stay=Stay()), x, grad, None)
     assert all(torch.equal(*pair) for pair in zip(changed, again, strict=True))
     assert not torch.equal(changed[0], passing[0])
     group.stay.end()
     assert group.stay.nbytes == 0
+
+
+def test_matrices_granted_in_the_middle_of_a_step_follow_the_adapters():
+    """Then the backward's is there before the forward's."""
+    group = _group()
+    x = torch.randn(5, K + group.rank, dtype=torch.float64)
+    grad = torch.randn(5, group.outputs + group.rank, dtype=torch.float64)
+    group.stay.granted = True
+    group.backward_input(grad, group.wide(x), None)
+    with torch.no_grad():
+        for adapter in group.adapters:
+            adapter.mul_(-2)
+    for _ in range(2):
+        found = _run(group, x[:, :K], grad[:, : group.outputs], None)
+        again = _run(
+            dataclasses.replace(group, stay=Stay()), x[:, :K], grad[:, : group.outputs], None
+        )
+        assert all(torch.equal(*pair) for pair in zip(found, again, strict=True))
+    assert group.stay.nbytes == group.staying_bytes(8)
 
 
 def test_other_sizes_stay_in_sixteen_bits_and_that_is_said_once(caplog):

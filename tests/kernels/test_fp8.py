@@ -90,12 +90,12 @@ def test_a_factor_is_split_so_that_nothing_overflows(magnitude, transposed, trit
     factor = torch.randn(shape, device=triton_device) * magnitude
     factor = factor.t() if transposed else factor
     scale = torch.rand(rows, device=triton_device) * 1e-3 + 1e-4
-    for split_border_ in _implementations("split_border_"):
+    for split_borders_ in _implementations("split_borders_"):
         columns = fp8.border_columns(ranks)
         values = torch.full((rows, features + columns), 7.0, device=triton_device)
         values = values.to(fp8.DTYPE)
-        balance = split_border_(values, factor, scale)
-        assert balance.shape == (1,)
+        balance = fp8.balance_of((factor / scale[:, None]).abs().max()).view(1)
+        split_borders_(balance, [Rows(values, scale)], [factor])
         assert torch.frexp(balance).mantissa.item() == 0.5
         assert (values[:, :features].float() == 7).all()
         border = values[:, features:].double()
@@ -109,8 +109,27 @@ def test_a_factor_is_split_so_that_nothing_overflows(magnitude, transposed, trit
             assert not back.any()
 
 
+def test_two_borders_are_those_of_each(triton_device):
+    torch.manual_seed(0)
+    factors = [torch.randn(n, 8, device=triton_device) for n in (70, 33)]
+    balances = torch.tensor([8.0, 0.5], device=triton_device)
+    found = []
+    for split_borders_ in _implementations("split_borders_"):
+        for sides in ((slice(0, 2),), (slice(0, 1), slice(1, 2))):
+            matrices = [
+                Rows(torch.zeros(n, 96, device=triton_device).to(fp8.DTYPE), scale)
+                for n, scale in ((70, torch.full((70,), 0.5)), (33, torch.full((33,), 2.0)))
+            ]
+            for side in sides:
+                split_borders_(balances[side], matrices[side], factors[side])
+            found.append(torch.cat([m.values.float() for m in matrices]))
+            assert not found[-1][:, :64].any()
+            assert found[-1][:, 64:88].any(1).all()
+    assert all(torch.equal(one, found[0]) for one in found)
+
+
 def test_the_balance_shares_the_range_between_both_factors():
-    found = [fp8.balance_of(torch.tensor([m])).item() for m in (0.0, 1.0, 64.0, 1e4)]
+    found = [fp8.balance_of(torch.tensor(m)).item() for m in (0.0, 1.0, 64.0, 1e4)]
     assert found == [2.0**18, 8.0, 1.0, 2.0**-5]
     for m, balance in zip((1.0, 64.0, 1e4), found[1:], strict=True):
         assert m * balance <= 448
@@ -136,7 +155,8 @@ def test_lora_inside_a_product_is_as_good_as_in_bf16(triton_device):
         B = torch.randn(64, 16, device=triton_device) * magnitude
         values = torch.zeros(64, 128 + fp8.border_columns(16), device=triton_device).to(fp8.DTYPE)
         scale = torch.full((64,), 1e-3, device=triton_device)
-        balance = fp8.split_border_(values, B, scale)
+        balance = fp8.balance_of((B / scale[:, None]).abs().max()).view(1)
+        fp8.split_borders_(balance, [Rows(values, scale)], [B])
         rows = fp8.quantize_rows(x, u, balance)
         out = torch.empty(40, 64, device=triton_device, dtype=torch.bfloat16)
         fp8.product_(rows, Rows(values, scale), out)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from halfbyte.kernels import fp8_weight
-from halfbyte.kernels.fp8 import DTYPE, border_columns
+from halfbyte.kernels.fp8 import DTYPE, balance_of, border_columns
 from halfbyte.quant.weight import QuantizedWeight
 
 
@@ -70,16 +70,24 @@ def test_rows_of_zeros_have_a_scale_that_leaves_lora_room():
         assert (scale > 0).all()
 
 
+@pytest.mark.parametrize("magnitude", [1.0, 1e-4, 0.0])
 @pytest.mark.parametrize(("outputs", "inputs", "ranks"), CASES)
-def test_factors_are_those_of_all_parts(outputs, inputs, ranks, triton_device, half_dtype):
+def test_factors_are_those_of_all_parts(
+    outputs, inputs, ranks, magnitude, triton_device, half_dtype
+):
     parts = _parts(outputs, inputs, ranks, triton_device)
+    for part, rank in zip(parts, ranks, strict=True):
+        if rank:
+            part.lora_B *= magnitude
+    scales = fp8_weight.row_scales(parts)
     N, R = sum(outputs), sum(ranks) + 3
     for factors_ in _implementations("factors_"):
         A, B = (
             torch.full(shape, torch.nan, dtype=half_dtype, device=triton_device)
             for shape in ((R, inputs), (N, R))
         )
-        factors_(A, B, parts)
+        balances = torch.full((2,), torch.nan, device=triton_device)
+        factors_(A, B, balances, parts, scales)
         expected_A, expected_B = torch.zeros_like(A), torch.zeros_like(B)
         row = rank = 0
         for part, count, own in zip(parts, outputs, ranks, strict=True):
@@ -89,6 +97,8 @@ def test_factors_are_those_of_all_parts(outputs, inputs, ranks, triton_device, h
             row, rank = row + count, rank + own
         assert torch.equal(A, expected_A)
         assert torch.equal(B, expected_B)
+        for balance, factor, scale in zip(balances, (B, A.t()), scales, strict=True):
+            assert balance == balance_of((factor.float() / scale[:, None]).abs().max())
 
 
 def test_dense_weights_serve_too():

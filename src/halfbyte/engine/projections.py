@@ -61,20 +61,23 @@ class Stay:
         granted: Memory is there for it.
         matrix: `[N + R, K + R]`, once it was made.
         transposed: What the backward reads, where that is another matrix.
+        factors: LoRA's, where both of these have been made; they stand in their borders, too.
     """
 
     granted: bool = False
     matrix: Tensor | None = None
     transposed: Tensor | None = None
+    factors: Tensor | None = None
 
     @property
     def nbytes(self) -> int:
         """Of what stays."""
-        return sum(m.nbytes for m in (self.matrix, self.transposed) if m is not None)
+        tensors = (self.matrix, self.transposed, self.factors)
+        return sum(tensor.nbytes for tensor in tensors if tensor is not None)
 
     def end(self) -> None:
         """Give the memory back."""
-        self.granted, self.matrix, self.transposed = False, None, None
+        self.granted, self.matrix, self.transposed, self.factors = False, None, None, None
 
 
 @dataclass(frozen=True)

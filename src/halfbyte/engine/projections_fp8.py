@@ -23,9 +23,10 @@ from halfbyte.kernels.fp8 import (
     DTYPE,
     Rows,
     border_columns,
+    factor_bytes,
     product_,
     quantize_rows,
-    split_border_,
+    split_borders_,
 )
 from halfbyte.kernels.fp8_weight import factors_, fill_, row_scales
 
@@ -101,12 +102,14 @@ class Fp8Siblings(Siblings):
 
     def passing_bytes(self, itemsize: int) -> int:
         """Return what the factors and the larger of both matrices take."""
-        factors = self.rank * (self.inputs + self.outputs) * itemsize
-        return factors + max(self._matrix_bytes)
+        return self._factor_bytes(itemsize) + max(self._matrix_bytes)
 
     def staying_bytes(self, itemsize: int) -> int:
-        """Return what both matrices take."""
-        return sum(self._matrix_bytes)
+        """Return what the factors and both matrices take."""
+        return self._factor_bytes(itemsize) + sum(self._matrix_bytes)
+
+    def _factor_bytes(self, itemsize: int) -> int:
+        return factor_bytes(self.inputs, self.outputs, self.rank, itemsize)
 
     @property
     def _matrix_bytes(self) -> tuple[int, int]:
@@ -115,15 +118,20 @@ class Fp8Siblings(Siblings):
         return forward, self.inputs * (self.outputs + columns)
 
     def wide(self, like: Tensor) -> Tensor:
-        """Return the adapters' factors, A `[R, K]` then B `[N, R]`, as one vector."""
-        wide = like.new_empty(self.rank * (self.inputs + self.outputs))
+        """Return the adapters' factors, A `[R, K]` then B `[N, R]` then balances, as one vector."""
+        wide, size = self.stay.factors, like.element_size()
+        if wide is None:
+            wide = like.new_empty(self._factor_bytes(size) // size)
         if self.rank:
-            factors_(self.lora_A(wide), self.lora_B(wide), self.projections)
+            both, balances = (self.lora_A(wide), self.lora_B(wide)), self._balances(wide)
+            factors_(*both, balances, self.projections, self.scales)
+            if wide is self.stay.factors:
+                split_borders_(balances, self._staying_matrices, (both[1], both[0].t()))
         return wide
 
     def wide_again(self, like: Tensor) -> Tensor:
         """Return what `wide` returned in the forward."""
-        return self.wide(like)
+        return self.wide(like) if self.stay.factors is None else self.stay.factors
 
     def lora_A(self, wide: Tensor) -> Tensor:  # noqa: N802
         """Return all A, one below the other: `[R, K]`."""
@@ -131,7 +139,12 @@ class Fp8Siblings(Siblings):
 
     def lora_B(self, wide: Tensor) -> Tensor:  # noqa: N802
         """Return all B, scaled, each in its own rows and columns: `[N, R]`."""
-        return wide[self.rank * self.inputs :].view(self.outputs, self.rank)
+        start = self.rank * self.inputs
+        return wide[start : start + self.rank * self.outputs].view(self.outputs, self.rank)
+
+    def _balances(self, wide: Tensor) -> Tensor:
+        """Return the balances of B and of A, float32 `[2]`."""
+        return wide[self.rank * (self.inputs + self.outputs) :].view(torch.float32)
 
     def forward(self, x_wide: Tensor, wide: Tensor, out: Tensor) -> Tensor:
         """Write all siblings' outputs into `out` `[T, N]` and return it."""
@@ -161,6 +174,7 @@ class Fp8Siblings(Siblings):
     def _matrix(self, wide: Tensor, *, transposed: bool) -> tuple[Rows, Tensor | None]:
         """Return the weights with LoRA's factor in their border, and the factor's balance."""
         scale = self.scales[transposed]
+        balance = self._balances(wide)[int(transposed) :][:1] if self.rank else None
         values = self.stay.transposed if transposed else self.stay.matrix
         if values is None:
             rows, columns = self.outputs, self.inputs
@@ -168,20 +182,28 @@ class Fp8Siblings(Siblings):
                 rows, columns = columns, rows
             values = wide.new_empty(rows, columns + border_columns(self.rank), dtype=DTYPE)
             fill_(values, self.projections, scale, transposed=transposed)
-            self._let_stay(values, transposed=transposed)
-        balance = None
-        if self.rank:
+        matrix = Rows(values, scale)
+        if balance is not None and wide is not self.stay.factors:
             factor = self.lora_A(wide).t() if transposed else self.lora_B(wide)
-            balance = split_border_(values, factor, scale)
-        return Rows(values, scale), balance
+            split_borders_(balance, [matrix], [factor])
+        self._let_stay(values, wide, transposed=transposed)
+        return matrix, balance
 
-    def _let_stay(self, values: Tensor, *, transposed: bool) -> None:
+    def _let_stay(self, values: Tensor, wide: Tensor, *, transposed: bool) -> None:
         # While a graph is recorded nothing is computed: who read the matrix before the graph runs
         # would find nothing in it.
         is_recording = values.is_cuda and torch.cuda.is_current_stream_capturing()
         if not self.stay.granted or is_recording:
             return
-        if transposed:
-            self.stay.transposed = values
-        else:
+        if not transposed:
             self.stay.matrix = values
+            return
+        self.stay.transposed = values
+        if self.stay.matrix is not None:
+            # They stand in its border, too, since the forward.
+            self.stay.factors = wide
+
+    @property
+    def _staying_matrices(self) -> list[Rows]:
+        tensors = (self.stay.matrix, self.stay.transposed)
+        return [Rows(m, s) for m, s in zip(tensors, self.scales, strict=True) if m is not None]

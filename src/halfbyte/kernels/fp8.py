@@ -19,6 +19,7 @@ Gradients are e4m3 as well; with a scale for each row they need no wider exponen
 arXiv 2412.19437, section 3.3.2).
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -39,6 +40,7 @@ TINY = 1e-30
 # Bytes that rows of a product start at a multiple of, if their features do: a cache reads by 32. An
 # H100 multiplied rows so aligned at 1,290 TFLOP/s, those at other multiples of 16 at 1,040.
 _ALIGNMENT = 32
+BALANCES_BYTES = 8
 BALANCE = (64.0, 2.0**-30)
 """Product of both factors' magnitudes that is aimed at, and the least magnitude counted of one."""
 
@@ -55,6 +57,11 @@ def border_columns(ranks: int) -> int:
     return -(-3 * ranks // _ALIGNMENT) * _ALIGNMENT
 
 
+def factor_bytes(inputs: int, outputs: int, ranks: int, itemsize: int) -> int:
+    """Return the bytes of both factors of LoRA, A and B, with a balance for each."""
+    return ranks * (inputs + outputs) * itemsize + (BALANCES_BYTES if ranks else 0)
+
+
 @accelerated
 def quantize_rows(x: Tensor, border: Tensor, balance: Tensor | None) -> Rows:
     """Return `x` in eight bits, behind it `border`, split for the product with LoRA inside.
@@ -62,8 +69,8 @@ def quantize_rows(x: Tensor, border: Tensor, balance: Tensor | None) -> Rows:
     Args:
         x: `[T, K]` of any float dtype (rows may have a pitch).
         border: `[T, R]` (rows may have a pitch).
-        balance: float32 `[1]` of `split_border_`; None: the border counts for nothing, its place
-            is filled with zeros.
+        balance: float32 `[1]` of `fp8_weight.factors_`; None: the border counts for nothing, its
+            place is filled with zeros.
     """
     main, border = x.to(torch.float32), border.to(torch.float32)
     border = torch.zeros_like(border) if balance is None else border / balance
@@ -79,28 +86,25 @@ def quantize_rows(x: Tensor, border: Tensor, balance: Tensor | None) -> Rows:
 
 
 @accelerated
-def split_border_(values: Tensor, factor: Tensor, scale: Tensor) -> Tensor:
-    """Write a factor of LoRA into the last P columns of a weight; return the balance.
-
-    That is float32 `[1]`, and stays on the device.
+def split_borders_(balances: Tensor, matrices: Sequence[Rows], factors: Sequence[Tensor]) -> None:
+    """Write factors of LoRA into the last P columns of one or two weights.
 
     Args:
-        values: e4m3 `[N, K + P]`.
-        factor: `[N, R]`, B, or for the backward A^T (any strides).
-        scale: float32 `[N]`, of the rows of the weight.
+        balances: float32, one a weight, of `fp8_weight.factors_`.
+        matrices: The weights, values `[N, K + P]`, N of their own.
+        factors: `[N, R]`, B, or for the backward A^T (any strides); R is the same.
     """
-    scaled = factor.to(torch.float32) / scale.unsqueeze(1)
-    balance = balance_of(scaled.abs().max().view(1))
-    high, low = _terms(scaled * balance)
-    _write_terms(values[:, values.shape[1] - border_columns(factor.shape[1]) :], high, high, low)
-    return balance
+    for balance, matrix, factor in zip(balances, matrices, factors, strict=True):
+        high, low = _terms(factor.to(torch.float32) / matrix.scale.unsqueeze(1) * balance)
+        features = matrix.values.shape[1] - border_columns(factor.shape[1])
+        _write_terms(matrix.values[:, features:], high, high, low)
 
 
 def balance_of(largest: Tensor) -> Tensor:
     """Return the power of two that a factor with this largest magnitude is multiplied by.
 
     Args:
-        largest: float32 `[1]`, of the factor in units of its rows' scales.
+        largest: float32 `[]`, of the factor in units of its rows' scales.
     """
     target, least = BALANCE
     largest = largest.clamp_min(least)

@@ -4,6 +4,8 @@ Triton's interpreter (TRITON_INTERPRET=1) casts to e4m3 wrongly where rounding c
 exponent; there `EMULATES` rounds before.
 """
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
@@ -19,11 +21,10 @@ _WHOLE = 16384
 _BLOCK = 8192
 # Elements of a thread.
 _WHOLE_THREAD, _BLOCK_THREAD = 32, 16
-# Rows of a factor that a program looks at, and that it splits.
-_LARGEST_ROWS, _SPLIT_ROWS = 128, 32
+# Rows of a factor that a program splits.
+_SPLIT_ROWS = 32
 _LARGEST = tl.constexpr(fp8.LARGEST)
 _TINY = tl.constexpr(fp8.TINY)
-_TARGET, _LEAST = tl.constexpr(fp8.BALANCE[0]), tl.constexpr(fp8.BALANCE[1])
 # 1.5 * 2^23 * 2^-9: a float32 that it is added to is rounded to a multiple of 2^-9.
 _ROUNDER = tl.constexpr(24576.0)
 
@@ -87,51 +88,47 @@ def _quantize_rows_kernel(
 
 
 @triton.jit
-def _largest_kernel(
-    factor_ptr, scale_ptr, partial_ptr, stride_row, stride_rank, count,
-    R: tl.constexpr, BLOCK_R: tl.constexpr, ROWS: tl.constexpr,
+def _split(
+    pid, values_ptr, factor_ptr, scale_ptr, balance_ptr,
+    stride_values, stride_row, stride_rank, K, count,
+    R: tl.constexpr, P: tl.constexpr, BLOCK_P: tl.constexpr, ROWS: tl.constexpr,
+    EMULATES: tl.constexpr,
 ):  # fmt: skip
-    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    ranks = tl.arange(0, BLOCK_R)
+    rows = pid.to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    columns = tl.arange(0, BLOCK_P)
+    term = columns // R
+    row_mask = rows < count
     factor = tl.load(
-        factor_ptr + rows.to(tl.int64)[:, None] * stride_row + ranks[None, :] * stride_rank,
-        mask=(rows < count)[:, None] & (ranks < R)[None, :], other=0.0,
+        factor_ptr + rows[:, None] * stride_row + (columns % R)[None, :] * stride_rank,
+        mask=row_mask[:, None] & (term < 3)[None, :], other=0.0,
     )  # fmt: skip
-    scale = tl.load(scale_ptr + rows, mask=rows < count, other=1.0)
-    scaled = tl.abs(factor.to(tl.float32)) / scale[:, None]
-    tl.store(partial_ptr + tl.program_id(0), tl.max(tl.max(scaled, 1), 0))
+    scale = tl.load(scale_ptr + rows, mask=row_mask, other=1.0)
+    border = factor.to(tl.float32) / scale[:, None] * tl.load(balance_ptr)
+    rest = border - e4m3(border, EMULATES).to(tl.float32)
+    border = tl.where((term == 2)[None, :], rest, border)
+    target = values_ptr + rows[:, None] * stride_values + K + columns[None, :]
+    tl.store(target, e4m3(border, EMULATES), mask=row_mask[:, None] & (columns < P)[None, :])
 
 
 @triton.jit
 def _split_kernel(
-    values_ptr, factor_ptr, scale_ptr, partial_ptr, balance_ptr,
-    stride_values, stride_row, stride_rank, K, count, num_partials,
-    R: tl.constexpr, P: tl.constexpr, BLOCK_P: tl.constexpr, PARTIALS: tl.constexpr,
-    ROWS: tl.constexpr, EMULATES: tl.constexpr,
+    values0, factor0, scale0, stride_values0, stride_row0, stride_rank0, K0, count0,
+    values1, factor1, scale1, stride_values1, stride_row1, stride_rank1, K1, count1, balance_ptr,
+    R: tl.constexpr, P: tl.constexpr, BLOCK_P: tl.constexpr, ROWS: tl.constexpr,
+    EMULATES: tl.constexpr,
 ):  # fmt: skip
-    indices = tl.arange(0, PARTIALS)
-    partial = tl.load(partial_ptr + indices, mask=indices < num_partials, other=0.0)
-    largest = tl.maximum(tl.max(partial, 0), _LEAST)
-    wanted = tl.minimum(tl.rsqrt(largest / _TARGET), 1.0 / largest * _LARGEST)
-    # Without its mantissa: the power of two below.
-    balance = (wanted.to(tl.int32, bitcast=True) & -0x800000).to(tl.float32, bitcast=True)
-    if tl.program_id(0) == 0:
-        tl.store(balance_ptr, balance)
-    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    columns = tl.arange(0, BLOCK_P)
-    term = columns // R
-    row_mask = rows < count
-    wide_rows = rows.to(tl.int64)
-    factor = tl.load(
-        factor_ptr + wide_rows[:, None] * stride_row + (columns % R)[None, :] * stride_rank,
-        mask=row_mask[:, None] & (term < 3)[None, :], other=0.0,
-    )  # fmt: skip
-    scale = tl.load(scale_ptr + rows, mask=row_mask, other=1.0)
-    border = factor.to(tl.float32) / scale[:, None] * balance
-    rest = border - e4m3(border, EMULATES).to(tl.float32)
-    border = tl.where((term == 2)[None, :], rest, border)
-    target = values_ptr + wide_rows[:, None] * stride_values + K + columns[None, :]
-    tl.store(target, e4m3(border, EMULATES), mask=row_mask[:, None] & (columns < P)[None, :])
+    pid = tl.program_id(0)
+    end0 = tl.cdiv(count0, ROWS)
+    if pid < end0:
+        _split(
+            pid, values0, factor0, scale0, balance_ptr,
+            stride_values0, stride_row0, stride_rank0, K0, count0, R, P, BLOCK_P, ROWS, EMULATES,
+        )  # fmt: skip
+    else:
+        _split(
+            pid - end0, values1, factor1, scale1, balance_ptr + 1,
+            stride_values1, stride_row1, stride_rank1, K1, count1, R, P, BLOCK_P, ROWS, EMULATES,
+        )  # fmt: skip
 
 
 def quantize_rows(x: Tensor, border: Tensor, balance: Tensor | None) -> Rows:
@@ -153,21 +150,15 @@ def quantize_rows(x: Tensor, border: Tensor, balance: Tensor | None) -> Rows:
     return Rows(values, scale)
 
 
-def split_border_(values: Tensor, factor: Tensor, scale: Tensor) -> Tensor:
-    count, ranks = factor.shape
+def split_borders_(balances: Tensor, matrices: Sequence[Rows], factors: Sequence[Tensor]) -> None:
+    ranks = factors[0].shape[1]
     columns = border_columns(ranks)
-    programs = triton.cdiv(count, _LARGEST_ROWS)
-    partial, balance = (
-        torch.empty(size, dtype=torch.float32, device=values.device) for size in (programs, 1)
-    )
-    block = triton.next_power_of_2(columns)
-    _largest_kernel[(programs,)](
-        factor, scale, partial, *factor.stride(), count,
-        R=ranks, BLOCK_R=triton.next_power_of_2(ranks), ROWS=_LARGEST_ROWS,
+    arguments, programs = [], 0
+    for (values, scale), factor in zip(matrices, factors, strict=True):
+        features, count = values.shape[1] - columns, len(factor)
+        arguments += [values, factor, scale, values.stride(0), *factor.stride(), features, count]
+        programs += triton.cdiv(count, _SPLIT_ROWS)
+    _split_kernel[(programs,)](
+        *(arguments if len(matrices) == 2 else arguments * 2), balances, R=ranks, P=columns,
+        BLOCK_P=triton.next_power_of_2(columns), ROWS=_SPLIT_ROWS, EMULATES=not balances.is_cuda,
     )  # fmt: skip
-    _split_kernel[(triton.cdiv(count, _SPLIT_ROWS),)](
-        values, factor, scale, partial, balance, values.stride(0), *factor.stride(),
-        values.shape[1] - columns, count, programs, R=ranks, P=columns, BLOCK_P=block,
-        PARTIALS=triton.next_power_of_2(programs), ROWS=_SPLIT_ROWS, EMULATES=not values.is_cuda,
-    )  # fmt: skip
-    return balance

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from halfbyte.kernels.dispatch import accelerated
-from halfbyte.kernels.fp8 import DTYPE, LARGEST
+from halfbyte.kernels.fp8 import DTYPE, LARGEST, balance_of
 from halfbyte.kernels.wide import Part, dense
 
 # Rows that are smaller than the largest by more are scaled as if they were not: LoRA may add to
@@ -67,13 +67,21 @@ def fill_(values: Tensor, parts: Sequence[Part], scale: Tensor, *, transposed: b
 
 
 @accelerated
-def factors_(lora_A: Tensor, lora_B: Tensor, parts: Sequence[Part]) -> None:
+def factors_(
+    lora_A: Tensor,
+    lora_B: Tensor,
+    balances: Tensor,
+    parts: Sequence[Part],
+    scales: tuple[Tensor, Tensor],
+) -> None:
     """Write the adapters of all parts into two matrices, as `kernels/wide.py` has its border.
 
     Args:
         lora_A: `[R, K]`, all A one below the other; zeros after the last.
         lora_B: `[N, R]`, each B times its scaling in its own rows and columns, zeros around.
+        balances: float32 `[2]`, of B in the forward's matrix, of A^T in the backward's.
         parts: The siblings.
+        scales: Of the rows of both matrices, `[N]` and `[K]`.
     """
     lora_B.zero_()
     row = rank = 0
@@ -86,3 +94,6 @@ def factors_(lora_A: Tensor, lora_B: Tensor, parts: Sequence[Part]) -> None:
             lora_A[ranks] = part.lora_A.detach()
             lora_B[rows, ranks] = part.lora_B.detach() * part.scaling
     lora_A[rank:] = 0
+    for index, (factor, scale) in enumerate(zip((lora_B, lora_A.t()), scales, strict=True)):
+        largest = (factor.to(torch.float32) / scale.unsqueeze(1)).abs().max()
+        balances[index] = balance_of(largest)

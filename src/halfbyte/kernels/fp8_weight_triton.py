@@ -1,9 +1,11 @@
 """The weights of sibling projections in eight bits, on CUDA: from codes to e4m3 in one pass."""
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from halfbyte.kernels import fp8
 from halfbyte.kernels.fp8_triton import e4m3
 from halfbyte.kernels.fp8_weight import factors_ as _dispatching_factors_
 from halfbyte.kernels.fp8_weight import fill_ as _dispatching_fill_
@@ -14,6 +16,8 @@ _ELEMENTS, _WIDTH = 16384, 128
 _LARGEST_BLOCK = 512
 _RIGHT_ROWS = 64
 _BELOW_COLUMNS = 1024
+_LARGEST = tl.constexpr(fp8.LARGEST)
+_TARGET, _LEAST = tl.constexpr(fp8.BALANCE[0]), tl.constexpr(fp8.BALANCE[1])
 
 
 @triton.jit
@@ -61,8 +65,24 @@ def _fill_kernel(
 
 
 @triton.jit
+def _right(
+    pid, lora_B, scaling, out, count, first_column, scale_ptr,
+    RANK: tl.constexpr, WIDTH: tl.constexpr, BLOCK_WIDTH: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """Write rows of B; return the largest magnitude among them in units of their scales."""
+    # The matrix is a border of its own: nothing before it.
+    value = right(
+        pid, lora_B, scaling, out, WIDTH, 0, count, first_column, RANK, WIDTH, BLOCK_WIDTH, ROWS
+    )
+    rows = pid * ROWS + tl.arange(0, ROWS)
+    scale = tl.load(scale_ptr + rows, mask=rows < count, other=1.0)
+    return tl.max(tl.max(tl.abs(value.to(tl.float32)), 1) / scale, 0)
+
+
+@triton.jit
 def _factors_kernel(
-    A_ptr, B_ptr, A0, B0, A1, B1, A2, B2, K, N0, N1, N2, scaling0, scaling1, scaling2,
+    A_ptr, B_ptr, largest_ptr, B_scale_ptr, A_scale_ptr, A0, B0, A1, B1, A2, B2,
+    K, N0, N1, N2, scaling0, scaling1, scaling2,
     R0: tl.constexpr, R1: tl.constexpr, R2: tl.constexpr, R: tl.constexpr, BLOCK_R: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
@@ -70,16 +90,37 @@ def _factors_kernel(
     end0 = tl.cdiv(N0, ROWS)
     end1 = end0 + tl.cdiv(N1, ROWS)
     end2 = end1 + tl.cdiv(N2, ROWS)
-    # B's matrix is a border of its own: nothing before it.
     if pid < end0:
-        right(pid, B0, scaling0, B_ptr, R, 0, N0, 0, R0, R, BLOCK_R, ROWS)
+        largest = _right(pid, B0, scaling0, B_ptr, N0, 0, B_scale_ptr, R0, R, BLOCK_R, ROWS)
     elif pid < end1:
-        right(pid - end0, B1, scaling1, B_ptr + N0 * R, R, 0, N1, R0, R1, R, BLOCK_R, ROWS)
+        B_ptr += N0 * R
+        B_scale_ptr += N0
+        largest = _right(pid - end0, B1, scaling1, B_ptr, N1, R0, B_scale_ptr, R1, R, BLOCK_R, ROWS)
     elif pid < end2:
-        ptr = B_ptr + (N0 + N1) * R
-        right(pid - end1, B2, scaling2, ptr, R, 0, N2, R0 + R1, R2, R, BLOCK_R, ROWS)
+        B_ptr += (N0 + N1) * R
+        B_scale_ptr += N0 + N1
+        largest = _right(
+            pid - end1, B2, scaling2, B_ptr, N2, R0 + R1, B_scale_ptr, R2, R, BLOCK_R, ROWS
+        )
     else:
-        below(pid - end2, A0, A1, A2, A_ptr, K, K, R0, R1, R2, COLUMNS)
+        value = below(pid - end2, A0, A1, A2, A_ptr, K, K, R0, R1, R2, COLUMNS)
+        offs = (pid - end2) % tl.cdiv(K, COLUMNS) * COLUMNS + tl.arange(0, COLUMNS)
+        scale = tl.load(A_scale_ptr + offs, mask=offs < K, other=1.0)
+        largest = tl.max(tl.abs(value.to(tl.float32)) / scale, 0)
+    tl.store(largest_ptr + pid, largest)
+
+
+@triton.jit
+def _balances_kernel(largest_ptr, balances_ptr, num_of_B, count, BLOCK: tl.constexpr):
+    side = tl.program_id(0)
+    offs = tl.arange(0, BLOCK)
+    is_own = (offs < count) & ((offs < num_of_B) == (side == 0))
+    largest = tl.max(tl.load(largest_ptr + offs, mask=is_own, other=0.0), 0)
+    largest = tl.maximum(largest, _LEAST)
+    wanted = tl.minimum(tl.rsqrt(largest / _TARGET), 1.0 / largest * _LARGEST)
+    # Without its mantissa: the power of two below.
+    balance = (wanted.to(tl.int32, bitcast=True) & -0x800000).to(tl.float32, bitcast=True)
+    tl.store(balances_ptr + side, balance)
 
 
 def fill_(values, parts, scale, *, transposed) -> Tensor:
@@ -114,9 +155,9 @@ def _fits(weight) -> bool:
     return weight.shape[1] % weight.block_size == 0
 
 
-def factors_(lora_A, lora_B, parts) -> None:
+def factors_(lora_A, lora_B, balances, parts, scales) -> None:
     if len(parts) > 3:
-        _dispatching_factors_.__wrapped__(lora_A, lora_B, parts)
+        _dispatching_factors_.__wrapped__(lora_A, lora_B, balances, parts, scales)
         return
     ranks, inputs = lora_A.shape
     adapters, outputs, scalings, own_ranks = [], [], [], []
@@ -127,10 +168,14 @@ def factors_(lora_A, lora_B, parts) -> None:
         outputs.append(part.weight.shape[0] if part is not None else 0)
         scalings.append(part.scaling if has_adapter else 1.0)
         own_ranks.append(part.lora_A.shape[0] if has_adapter else 0)
-    grid = sum(triton.cdiv(count, _RIGHT_ROWS) for count in outputs)
-    grid += ranks * triton.cdiv(inputs, _BELOW_COLUMNS)
-    _factors_kernel[(grid,)](
-        lora_A, lora_B, *adapters, inputs, *outputs, *scalings,
+    num_of_B = sum(triton.cdiv(count, _RIGHT_ROWS) for count in outputs)
+    programs = num_of_B + ranks * triton.cdiv(inputs, _BELOW_COLUMNS)
+    largest = torch.empty(programs, dtype=torch.float32, device=lora_A.device)
+    _factors_kernel[(programs,)](
+        lora_A, lora_B, largest, *scales, *adapters, inputs, *outputs, *scalings,
         R0=own_ranks[0], R1=own_ranks[1], R2=own_ranks[2], R=ranks,
         BLOCK_R=max(triton.next_power_of_2(ranks), 16), ROWS=_RIGHT_ROWS, COLUMNS=_BELOW_COLUMNS,
     )  # fmt: skip
+    _balances_kernel[(2,)](
+        largest, balances, num_of_B, programs, BLOCK=triton.next_power_of_2(programs)
+    )

@@ -59,7 +59,9 @@ def right(
     is_own = mask & ((own >= 0) & (own < RANK))[None, :]
     value = tl.load(lora_B + rows[:, None] * RANK + own[None, :], mask=is_own, other=0.0) * scaling
     target = out + rows[:, None] * pitch + K + columns[None, :]
-    tl.store(target, value.to(out.dtype.element_ty), mask=mask)
+    value = value.to(out.dtype.element_ty)
+    tl.store(target, value, mask=mask)
+    return value
 
 
 @triton.jit
@@ -76,7 +78,9 @@ def below(
     value += tl.load(A1 + inner * K + offs, mask=mask & (inner >= 0) & (inner < R1), other=0.0)
     inner = row - R0 - R1
     value += tl.load(A2 + inner * K + offs, mask=mask & (inner >= 0) & (inner < R2), other=0.0)
-    tl.store(out + row * pitch + offs, value.to(out.dtype.element_ty), mask=mask)
+    value = value.to(out.dtype.element_ty)
+    tl.store(out + row * pitch + offs, value, mask=mask)
+    return value
 
 
 @triton.jit

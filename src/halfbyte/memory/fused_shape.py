@@ -5,7 +5,7 @@ Shape letters as in `fused_step`.
 
 from dataclasses import dataclass
 
-from halfbyte.kernels.fp8 import border_columns
+from halfbyte.kernels.fp8 import border_columns, factor_bytes
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Group:
     def wide_bytes(self, itemsize: int) -> int:
         """Return the bytes of the dequantized matrix with its border; of LoRA's factors in fp8."""
         if self.is_fp8:
-            return self.rank * (self.inputs + self.outputs) * itemsize
+            return factor_bytes(self.inputs, self.outputs, self.rank, itemsize)
         return (self.outputs + self.rank) * (self.inputs + self.rank) * itemsize
 
     def matrix_bytes(self, *, is_backward: bool) -> int:
@@ -40,9 +40,10 @@ class Group:
 
     def staying_bytes(self, itemsize: int) -> int:
         """Return the bytes of what stays where weights do."""
-        if not self.is_fp8:
-            return self.wide_bytes(itemsize)
-        return self.matrix_bytes(is_backward=False) + self.matrix_bytes(is_backward=True)
+        nbytes = self.wide_bytes(itemsize)
+        if self.is_fp8:
+            nbytes += self.matrix_bytes(is_backward=False) + self.matrix_bytes(is_backward=True)
+        return nbytes
 
     def scale_bytes(self) -> int:
         """Return the bytes of the scales of both matrices, which always stay."""
