@@ -85,12 +85,12 @@ def test_a_run_in_eight_bits_says_so_resumes_and_is_evaluated_in_sixteen(
         model = make_lora(lora_dropout=0.1)
         result = train(model, tokenizer, rows, config, eval_data=held_out, listeners=[told.append])
         adapter = (tmp_path / name / "adapter_model.safetensors").read_bytes()
-        return adapter, result, evaluate(model, tokenizer, held_out)
+        return adapter, result, model
 
-    whole, result, evaluation = run("whole")
+    whole, result, model = run("whole")
     notices = [event.message for event in told if hasattr(event, "message")]
     assert sum("not QLoRA" in notice for notice in notices) == 1
-    assert result.eval_loss == evaluation.loss
+    assert result.eval_loss == evaluate(model, tokenizer, held_out).loss
     record = json.loads((tmp_path / "whole" / "run.json").read_text())
     assert record["settings"]["compute"] == "fp8"
     assert "eight bits" in (tmp_path / "whole" / "README.md").read_text()
