@@ -26,7 +26,8 @@ from halfbyte.engine.decode import Decoder, obstacle
 from halfbyte.engine.decode_step import DecodeStep
 from halfbyte.kernels import matvec_4bit_triton as kernels
 from halfbyte.kernels.lookup_4bit import lookup
-from halfbyte.kernels.matvec_4bit import Group, matvec_4bit
+from halfbyte.kernels.matvec_4bit import matvec_4bit
+from halfbyte.kernels.matvec_4bit_parts import Group
 from halfbyte.quant.weight import QuantizedWeight
 
 # Outputs of the siblings, and inputs.

@@ -20,7 +20,8 @@ from triton.testing import do_bench
 
 from halfbyte.kernels import adamw, gated, rms_norm, rope, skinny, softmax_loss, wide
 from halfbyte.kernels.cross_entropy import linear_cross_entropy
-from halfbyte.kernels.matvec_4bit import Group, matvec_4bit
+from halfbyte.kernels.matvec_4bit import matvec_4bit
+from halfbyte.kernels.matvec_4bit_parts import Group
 from halfbyte.quant.weight import QuantizedWeight
 
 HIDDEN, WIDE, VOCABULARY, HEADS, KV_HEADS, HEAD, RANK = 4096, 14336, 128256, 32, 8, 128, 16

@@ -3,16 +3,19 @@
 import pytest
 import torch
 
-from halfbyte.kernels.matvec_4bit import Gate, Group, matvec_4bit
+from halfbyte.kernels.matvec_4bit import matvec_4bit
+from halfbyte.kernels.matvec_4bit_parts import Gate, Group
 from halfbyte.kernels.rms_norm import Norm
 from halfbyte.quant.weight import QuantizedWeight
 
-# Outputs of the siblings, K, rank, what stands before: odd rows; a part of a step, one and a part.
+# Outputs of the siblings, K, rank, what stands before: odd rows; a part of a step, one and a part;
+# `x A^T` in two parts.
 CASES = [
     ((5,), 64, 0, None),
     ((9, 7), 320, 3, "silu"),
     ((3, 6), 192, 5, "gelu_tanh"),
-    ((4, 3, 5), 1088, 16, "norm"),
+    ((4, 3, 5), 1088, 4, "norm"),
+    ((2,), 4160, 2, "silu"),
 ]
 
 

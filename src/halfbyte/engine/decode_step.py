@@ -20,7 +20,8 @@ from halfbyte.engine.block import IntoAttention, Keep, OutOfAttention
 from halfbyte.engine.layer import FusedLayer
 from halfbyte.engine.projections import Siblings
 from halfbyte.kernels.decode_attention import decode_attention_
-from halfbyte.kernels.matvec_4bit import Gate, Group, apply_before, matvec_4bit
+from halfbyte.kernels.matvec_4bit import matvec_4bit
+from halfbyte.kernels.matvec_4bit_parts import Gate, Group
 from halfbyte.kernels.rms_norm import Norm
 
 
@@ -126,7 +127,7 @@ class DecodeStep:
         lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
         self.positions.copy_(lengths)
         last = x.view(self.batch, width, -1)[torch.arange(self.batch, device=device), lengths - 1]
-        logits: Tensor = self.head(apply_before(last, self.final))
+        logits: Tensor = self.head(self.final(last))
         return logits
 
     @torch.no_grad()
@@ -142,7 +143,7 @@ class DecodeStep:
             gate_up = matvec_4bit(x, layer.gate_up, before=layer.before_mlp)
             x = matvec_4bit(gate_up, layer.down, before=layer.gate, residual=x)
         self.positions += 1
-        logits: Tensor = self.head(apply_before(x, self.final))
+        logits: Tensor = self.head(self.final(x))
         return logits
 
 

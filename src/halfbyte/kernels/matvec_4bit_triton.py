@@ -15,13 +15,13 @@ import triton.language as tl
 from torch import Tensor
 
 from halfbyte.kernels.lookup_4bit import lookup
-from halfbyte.kernels.matvec_4bit import matvec_4bit as _dispatching_matvec_4bit
 from halfbyte.kernels.matvec_4bit_parts_triton import (
     before_product,
     norm_scale,
     sibling_of,
     weights_of,
 )
+from halfbyte.kernels.matvec_4bit_tokens import several_tokens as reference
 from halfbyte.kernels.matvec_4bit_tokens_triton import several_tokens
 from halfbyte.kernels.rms_norm import Norm
 
@@ -33,7 +33,7 @@ _MANY_OUTPUTS = 8192
 _FEW_ROWS, _MANY_ROWS = (2, 80), (4, 128)
 # From how many tokens on tensor cores are used.
 _SEVERAL = 2
-_PREPARE_PROGRAMS = 16
+_PREPARE_PROGRAMS, _MAX_BLOCK = 16, 4096
 
 
 @triton.jit
@@ -106,26 +106,29 @@ def _scale_parts(absmax, nested, row, is_row, block, BLOCKS: tl.constexpr, NESTE
 def _prepare_kernel(
     x, norm, eps, lora_A, prepared, xa, num_ranks, x_scale,
     K: tl.constexpr, BEFORE: tl.constexpr, BLOCK: tl.constexpr, SHARE: tl.constexpr,
+    BLOCK_S: tl.constexpr,
 ):  # fmt: skip
-    """Program p makes element p of `f(x) A^T` and writes SHARE elements of f(x).
+    """Program (p, q) makes element p of part q of `f(x) A^T`, and SHARE elements of f(x) there.
 
     What is written is float32, scaled, and by planes: element 8 w + i is at `i K / 8 + w`, so that
     the eight elements that meet a word of codes are eight loads of neighbouring lanes.
     """
-    pid = tl.program_id(0)
+    pid, start = tl.program_id(0), tl.program_id(1) * BLOCK
+    at = start + tl.arange(0, BLOCK)
+    a = tl.load(lora_A + pid * K + at, mask=(at < K) & (pid < num_ranks), other=0.0)
+    # Else the compiler moves this load, which comes from afar, behind what has to wait for x.
+    tl.debug_barrier()
     scale = 1.0
     if BEFORE == "norm":
         scale = norm_scale(x, eps, K, BLOCK)
-    total = tl.zeros([BLOCK], tl.float32)
-    for start in tl.static_range(0, K, BLOCK):
-        at = start + tl.arange(0, BLOCK)
-        mask = at < K
-        a = tl.load(lora_A + pid * K + at, mask=mask & (pid < num_ranks), other=0.0)
-        value = before_product(x, norm, scale, at, mask, K, BEFORE)
-        total += value * a.to(tl.float32)
-        mine = mask & (at // SHARE == pid)
-        tl.store(prepared + at % 8 * (K // 8) + at // 8, value * x_scale, mask=mine)
-    tl.store(xa + pid, tl.sum(total, 0), mask=pid < num_ranks)
+    share = pid * SHARE + tl.arange(0, BLOCK_S)
+    own = start + share
+    mask = (own < K) & (share < (pid + 1) * SHARE) & (share < BLOCK)
+    value = before_product(x, norm, scale, own, mask, K, BEFORE)
+    tl.store(prepared + own % 8 * (K // 8) + own // 8, value * x_scale, mask=mask)
+    value = before_product(x, norm, scale, at, at < K, K, BEFORE)
+    total = tl.sum(value * a.to(tl.float32), 0)
+    tl.store(xa + tl.program_id(1) * num_ranks + pid, total, mask=pid < num_ranks)
 
 
 @triton.jit
@@ -134,8 +137,9 @@ def _matvec_kernel(
     packed0, absmax0, nested0, map0, offset0,
     packed1, absmax1, nested1, map1, offset1,
     packed2, absmax2, nested2, map2, offset2,
-    N0, N1, N2,
-    RANK: tl.constexpr, BLOCK_R: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
+    N0, N1, N2, num_ranks,
+    RANK: tl.constexpr, BLOCK_R: tl.constexpr, PARTS: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
     K: tl.constexpr, SIZE: tl.constexpr, NESTED: tl.constexpr,
     ROWS: tl.constexpr, LANES: tl.constexpr,
     ASM: tl.constexpr, SCALE: tl.constexpr, SHIFT: tl.constexpr,
@@ -161,7 +165,9 @@ def _matvec_kernel(
             lora_B + at[:, None] * RANK + ranks[None, :],
             mask=is_row[:, None] & is_rank[None, :], other=0.0,
         )  # fmt: skip
-        low = tl.load(xa + sibling * RANK + ranks, mask=is_rank, other=0.0)
+        low = tl.zeros([BLOCK_R], tl.float32)
+        for part in tl.static_range(PARTS):
+            low += tl.load(xa + part * num_ranks + sibling * RANK + ranks, mask=is_rank, other=0.0)
     if HAS_RESIDUAL:
         beside = tl.load(residual + at, mask=is_row, other=0.0)
     WORDS: tl.constexpr = K // 8
@@ -219,7 +225,10 @@ def _matvec_kernel(
 
 
 def _fits(x, group) -> bool:
-    """Whether the kernels can serve the group: up to three 4-bit weights of one kind."""
+    """Whether the kernels can serve the group: up to three 4-bit weights of one kind.
+
+    Several tokens need blocks of 64 or more.
+    """
     first = group.weights[0]
     if len(group.weights) > 3 or any(isinstance(w, Tensor) for w in group.weights):
         return False
@@ -237,8 +246,7 @@ def _fits(x, group) -> bool:
 
 def matvec_4bit(x, group, *, before=None, residual=None) -> Tensor:
     if not _fits(x, group):
-        reference = _dispatching_matvec_4bit.__wrapped__  # type: ignore[attr-defined]
-        return reference(x, group, before=before, residual=residual)
+        return reference(x, group, before, residual)
     with torch.cuda.device_of(x):
         if x.shape[0] >= _SEVERAL:
             return several_tokens(x, group, before, residual)
@@ -248,19 +256,21 @@ def matvec_4bit(x, group, *, before=None, residual=None) -> Tensor:
 
 
 def prepare(x, group, before, x_scale) -> tuple[Tensor, Tensor]:
-    """Return f(x) in the order of the second launch, and `f(x) A^T`, both float32."""
+    """Return f(x) in the order of the second launch, and `f(x) A^T` in parts, all float32."""
     K = group.weights[0].shape[1]
     ranks = 0 if group.lora_A is None else group.lora_A.shape[0]
+    block = min(triton.next_power_of_2(K), _MAX_BLOCK)
+    programs, parts = max(ranks, _PREPARE_PROGRAMS), triton.cdiv(K, block)
     prepared = torch.empty(K, dtype=torch.float32, device=x.device)
-    xa = torch.empty(max(ranks, 1), dtype=torch.float32, device=x.device)
+    xa = torch.empty(parts, max(ranks, 1), dtype=torch.float32, device=x.device)
     is_norm = isinstance(before, Norm)
-    block = min(triton.next_power_of_2(K), 16384)
-    programs = max(ranks, _PREPARE_PROGRAMS)
-    _prepare_kernel[(programs,)](
+    share = triton.cdiv(block, programs)
+    _prepare_kernel[(programs, parts)](
         x, before.weight if is_norm else xa, before.eps if is_norm else 0.0,
         x if group.lora_A is None else group.lora_A, prepared, xa, ranks, x_scale,
         K=K, BEFORE="norm" if is_norm else "" if before is None else before.activation,
-        BLOCK=block, SHARE=triton.cdiv(K, programs), num_warps=max(min(block // 512, 16), 1),
+        BLOCK=block, SHARE=share, BLOCK_S=triton.next_power_of_2(share),
+        num_warps=max(block // 512, 1),
     )  # fmt: skip
     return prepared, xa
 
@@ -270,12 +280,13 @@ def multiply(prepared, xa, group, residual, dtype, how) -> Tensor:
     first = group.weights[0]
     pointers, outputs = weights_of(group, prepared, torch.int32)
     rows, registers = _MANY_ROWS if sum(outputs) > _MANY_OUTPUTS else _FEW_ROWS
-    rank = 0 if group.lora_A is None else group.lora_A.shape[0] // len(group.weights)
+    ranks = 0 if group.lora_A is None else group.lora_A.shape[0]
+    rank = ranks // len(group.weights)
     out = torch.empty(1, sum(outputs), dtype=dtype, device=prepared.device)
     _matvec_kernel[(sum(triton.cdiv(n, rows) for n in outputs),)](
         prepared, xa, *(out if t is None else t for t in (group.lora_B, group.bias, residual)),
-        out, how.tables, *pointers, *outputs,
-        RANK=rank, BLOCK_R=triton.next_power_of_2(max(rank, 1)),
+        out, how.tables, *pointers, *outputs, ranks,
+        RANK=rank, BLOCK_R=triton.next_power_of_2(max(rank, 1)), PARTS=xa.shape[0],
         HAS_BIAS=group.bias is not None, HAS_RESIDUAL=residual is not None,
         K=first.shape[1], SIZE=first.block_size, NESTED=first.nested_absmax is not None,
         ROWS=rows, LANES=_LANES, ASM=how.asm, SCALE=how.scale, SHIFT=how.shift / how.x_scale,

@@ -1,0 +1,39 @@
+"""Several tokens: the kernel's float16 holds x of any size; the reference does not round to it."""
+
+import pytest
+import torch
+
+from halfbyte.kernels.matvec_4bit import matvec_4bit
+from halfbyte.kernels.matvec_4bit_parts import Group
+from halfbyte.kernels.matvec_4bit_tokens import several_tokens
+from halfbyte.quant.weight import QuantizedWeight
+
+
+def _case(device):
+    torch.manual_seed(0)
+    group = Group((QuantizedWeight.quantize(torch.randn(6, 128, device=device)),))
+    # Beyond float16's range, beneath it, nothing at all, and one element that towers over the rest.
+    x = (
+        torch.randn(4, 128, device=device)
+        * torch.tensor([1e20, 1e-20, 0, 1], device=device)[:, None]
+    )
+    x[3, 5] = 1e6
+    exact = x.double() @ group.weights[0].dequantize(torch.float32).double().t()
+    return x, group, exact
+
+
+def test_tokens_of_any_size_are_scaled_each_by_its_own(triton_device):
+    twin = pytest.importorskip("halfbyte.kernels.matvec_4bit_tokens_triton")
+    x, group, exact = _case(triton_device)
+    y = twin.several_tokens(x, group, None, None).double()
+    assert not y[2].any()
+    for row in (0, 1, 3):
+        assert (y[row] - exact[row]).norm() < 2e-3 * exact[row].norm()
+
+
+def test_float32_stays_float32_without_a_gpu():
+    x, group, exact = _case("cpu")
+    for y in (several_tokens(x, group, None, None), matvec_4bit(x, group)):
+        assert y.dtype == torch.float32
+        for row in (0, 1, 3):
+            assert (y[row] - exact[row]).norm() < 1e-6 * exact[row].norm()
