@@ -12,10 +12,11 @@ import triton.language as tl
 from torch import Tensor
 
 from halfbyte.kernels import codebooks
+from halfbyte.kernels.nf4_triton import entry, table_of_32
 from halfbyte.kernels.wide import assemble_ as _dispatching_assemble_
 
-# Elements a program: 64 blocks of 64 codes, so that a thread of 128 loads 16 bytes of codes.
-_ELEMENTS = 4096
+# Elements of a program of two warps: 32 blocks of 64 codes.
+_ELEMENTS, _WARPS = 2048, 2
 _RIGHT_ROWS = 64
 _BELOW_COLUMNS = 1024
 
@@ -23,27 +24,34 @@ _BELOW_COLUMNS = 1024
 @triton.jit
 def _fill(
     pid, packed, absmax_ptr, nested, nested_map, offset, levels, out, pitch, K, num_blocks,
-    SIZE: tl.constexpr, NESTED: tl.constexpr, BLOCKS: tl.constexpr,
+    SIZE: tl.constexpr, NESTED: tl.constexpr, BLOCKS: tl.constexpr, HAS_PTX: tl.constexpr,
 ):  # fmt: skip
-    blocks = pid.to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)
-    mask = blocks < num_blocks
+    first_block = pid.to(tl.int64) * BLOCKS
+    own = tl.arange(0, BLOCKS)
+    mask = own < num_blocks - pid * BLOCKS
     if NESTED:
-        code = tl.load(absmax_ptr + blocks, mask=mask, other=0).to(tl.int32)
-        scale = tl.load(nested + blocks // 256, mask=mask, other=0.0)
+        code = tl.load(absmax_ptr + first_block + own, mask=mask, other=0).to(tl.int32)
+        scale = tl.load(nested + pid * BLOCKS // 256)  # of all, for BLOCKS divides 256
         # Two roundings (fp fusion is off at launch), as bitsandbytes has them.
         absmax = tl.load(nested_map + code) * scale + tl.load(offset)
     else:
-        absmax = tl.load(absmax_ptr + blocks, mask=mask, other=0.0)
-    offs = tl.arange(0, SIZE // 2)
+        absmax = tl.load(absmax_ptr + first_block + own, mask=mask, other=0.0)
+    absmax = absmax[:, None, None]
+    # Four bytes of codes a thread and access: what it then writes are 16 bytes.
+    inner = tl.arange(0, SIZE // 8)[:, None] * 4 + tl.arange(0, 4)[None, :]
     pairs = tl.load(
-        packed + blocks[:, None] * (SIZE // 2) + offs[None, :], mask=mask[:, None], other=0
-    ).to(tl.int32)
-    first = tl.load(levels + (pairs >> 4)) * absmax[:, None]
-    second = tl.load(levels + (pairs & 15)) * absmax[:, None]
+        packed + first_block * (SIZE // 2) + own[:, None, None] * (SIZE // 2) + inner[None, :, :],
+        mask=mask[:, None, None], other=0, eviction_policy="evict_first",
+    ).to(tl.int32)  # fmt: skip
+    table = table_of_32(levels, HAS_PTX)
+    first = entry(table, pairs >> 4, HAS_PTX) * absmax
+    second = entry(table, pairs, HAS_PTX) * absmax
     element = out.dtype.element_ty
     values = tl.join(first.to(element), second.to(element)).reshape(BLOCKS, SIZE)
-    start = blocks * SIZE
-    target = out + (start // K) * pitch + start % K
+    per_row = K // SIZE
+    block = pid * BLOCKS + own
+    row = block // per_row
+    target = out + row.to(tl.int64) * pitch + (block - row * per_row) * SIZE
     tl.store(target[:, None] + tl.arange(0, SIZE)[None, :], values, mask=mask[:, None])
 
 
@@ -92,7 +100,7 @@ def _assemble_kernel(
     R0: tl.constexpr, R1: tl.constexpr, R2: tl.constexpr,
     WIDTH: tl.constexpr, BLOCK_WIDTH: tl.constexpr,
     SIZE: tl.constexpr, NESTED: tl.constexpr, BLOCKS: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, FILLS: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, FILLS: tl.constexpr, HAS_PTX: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0)
     per_row = K // SIZE if FILLS else 0
@@ -104,17 +112,17 @@ def _assemble_kernel(
     if pid < fill0:
         _fill(
             pid, packed0, absmax0, nested0, map0, offset0, levels, out, pitch, K, N0 * per_row,
-            SIZE, NESTED, BLOCKS,
+            SIZE, NESTED, BLOCKS, HAS_PTX,
         )  # fmt: skip
     elif pid < fill1:
         _fill(
             pid - fill0, packed1, absmax1, nested1, map1, offset1, levels, out1, pitch, K,
-            N1 * per_row, SIZE, NESTED, BLOCKS,
+            N1 * per_row, SIZE, NESTED, BLOCKS, HAS_PTX,
         )  # fmt: skip
     elif pid < fill2:
         _fill(
             pid - fill1, packed2, absmax2, nested2, map2, offset2, levels, out2, pitch, K,
-            N2 * per_row, SIZE, NESTED, BLOCKS,
+            N2 * per_row, SIZE, NESTED, BLOCKS, HAS_PTX,
         )  # fmt: skip
     elif WIDTH > 0:
         right0 = fill2 + tl.cdiv(N0, ROWS)
@@ -136,8 +144,8 @@ def _assemble_kernel(
 
 @functools.cache
 def levels_on(quant_type: str, device: torch.device) -> Tensor:
-    """The sixteen levels, sent to the device once: a copy from the host would wait for it."""
-    return codebooks.levels(quant_type, "cuda").to(device)
+    """The sixteen levels, twice, sent to the device once: a copy from the host would wait."""
+    return codebooks.levels(quant_type, "cuda").repeat(2).to(device)
 
 
 def _fits(parts) -> bool:
@@ -178,7 +186,7 @@ def assemble_(wide, parts, *, only_border=False) -> Tensor:
         ranks.append(0)
     K = first.shape[1]
     width = wide.shape[1] - K
-    blocks = _ELEMENTS // first.block_size
+    blocks = max(_ELEMENTS // first.block_size, 1)
     per_row = 0 if only_border else K // first.block_size
     grid = sum(triton.cdiv(n * per_row, blocks) for n in outputs)
     if width:
@@ -191,6 +199,7 @@ def assemble_(wide, parts, *, only_border=False) -> Tensor:
         R0=ranks[0], R1=ranks[1], R2=ranks[2],
         WIDTH=width, BLOCK_WIDTH=max(triton.next_power_of_2(width), 16),
         SIZE=first.block_size, NESTED=first.nested_absmax is not None, BLOCKS=blocks,
-        ROWS=_RIGHT_ROWS, COLUMNS=_BELOW_COLUMNS, FILLS=not only_border, enable_fp_fusion=False,
+        ROWS=_RIGHT_ROWS, COLUMNS=_BELOW_COLUMNS, FILLS=not only_border,
+        HAS_PTX=wide.is_cuda, enable_fp_fusion=False, num_warps=_WARPS,
     )  # fmt: skip
     return wide
