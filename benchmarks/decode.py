@@ -1,7 +1,7 @@
 """Decoding of an 8B-shaped model with an adapter on one GPU: tokens/s, and whether they are right.
 
     python benchmarks/decode.py --batches 1,8 --out results.json
-    python benchmarks/decode.py --sweep       # the product kernels alone, by rows a program
+    python benchmarks/decode.py --products    # the products alone, by tokens
 
 The weights are random and made in place in four bits, so nothing is read from disk. Before anything
 is timed, the logits of some steps are compared with those of the plain path (transformers' forward
@@ -24,8 +24,6 @@ import halfbyte as hb
 from halfbyte.engine import decode_step
 from halfbyte.engine.decode import Decoder, obstacle
 from halfbyte.engine.decode_step import DecodeStep
-from halfbyte.kernels import matvec_4bit_triton as kernels
-from halfbyte.kernels.lookup_4bit import lookup
 from halfbyte.kernels.matvec_4bit import matvec_4bit
 from halfbyte.kernels.matvec_4bit_parts import Group
 from halfbyte.quant.weight import QuantizedWeight
@@ -157,45 +155,23 @@ def step_profile(model: nn.Module, batch: int, length: int) -> list[str]:
 
 
 @torch.no_grad()
-def sweep(device: torch.device, rank: int) -> None:
-    """Time the product kernels alone, in a graph over weights that do not fit into the cache."""
+def time_products(device: torch.device, rank: int) -> None:
+    """Time the products alone, in a graph over weights that do not fit into the cache."""
     for name, (outputs, inputs) in PRODUCTS.items():
-        num_bytes = sum(outputs) * inputs // 2
-        copies = max(2, (256 << 20) // num_bytes)
+        copies = max(2, (256 << 20) // (sum(outputs) * inputs // 2))
         groups = [group(outputs, inputs, rank, device, seed) for seed in range(copies)]
         total = sum(w.nbytes for w in groups[0].weights)
-        for batch, choices in ((1, (2, 4, 8)), (8, (16, 32)), (64, (32, 64))):
-            x = torch.randn(batch, inputs, device=device, dtype=torch.bfloat16)
-            for rows in choices:
-                result = {"product": name, "batch": batch, "rows": rows}
-                try:
-                    result |= one(x, groups, rows, total)
-                except Exception as error:  # noqa: BLE001 - a size that does not compile is a result
-                    result["error"] = f"{type(error).__name__}: {error}"[:200]
-                print(json.dumps(result), flush=True)
-
-
-def one(x: torch.Tensor, groups: list[Group], rows: int, total: int) -> dict:
-    """Return the time of one product, with and without what comes before it, and its error."""
-    ours = kernels.matvec_4bit(x, groups[0], rows=rows)
-    exact = matvec_4bit.__wrapped__(x, groups[0])
-    error = (ours.float() - exact.float()).norm() / exact.float().norm()
-    whole = graphed(lambda: [kernels.matvec_4bit(x, g, rows=rows) for g in groups])
-    times = {"us": whole * 1e3 / len(groups)}
-    if x.shape[0] == 1:
-        how = lookup(groups[0].weights[0].quant_type, x.device)
-        ready = [kernels.prepare(x, g, None, how.x_scale) for g in groups]
-        pairs = list(zip(ready, groups, strict=True))
-        alone = graphed(
-            lambda: [kernels.multiply(*r, g, None, x.dtype, how, rows) for r, g in pairs]
-        )
-        times["codes_us"] = alone * 1e3 / len(groups)
-    best = times.get("codes_us", times["us"])
-    return {
-        **{key: round(value, 2) for key, value in times.items()},
-        "tb_per_second": round(total / best / 1e6, 3),
-        "error": round(error.item(), 6),
-    }
+        for tokens in (1, 2, 8, 32):
+            x = torch.randn(tokens, inputs, device=device, dtype=torch.bfloat16)
+            exact = matvec_4bit.__wrapped__(x, groups[0]).float()
+            error = (matvec_4bit(x, groups[0]).float() - exact).norm() / exact.norm()
+            ms = graphed(lambda x=x, groups=groups: [matvec_4bit(x, g) for g in groups]) / len(
+                groups
+            )
+            result = {"product": name, "tokens": tokens, "us": round(ms * 1e3, 2)}
+            result["tb_per_second"] = round(total / ms / 1e9, 3)
+            result["difference_to_reference"] = round(error.item(), 6)
+            print(json.dumps(result), flush=True)
 
 
 def graphed(run) -> float:
@@ -225,13 +201,13 @@ def main() -> None:
     parser.add_argument("--prompt", type=int, default=128)
     parser.add_argument("--new-tokens", type=int, default=256)
     parser.add_argument("--rank", type=int, default=16)
-    parser.add_argument("--sweep", action="store_true", help="only the product kernels")
+    parser.add_argument("--products", action="store_true", help="only the products, alone")
     parser.add_argument("--profile", action="store_true", help="kernels of one step by time")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     device = torch.device("cuda")
-    if args.sweep:
-        sweep(device, args.rank)
+    if args.products:
+        time_products(device, args.rank)
         return
     model = adapted_model(args.model, args.rank, device)
     assert obstacle(model) is None
