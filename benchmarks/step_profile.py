@@ -22,7 +22,7 @@ KINDS = (
     ("LoRA's own products", r"nvjet\w*?_(?:16|32|64)x(?:8|16|32|64)_|splitK|rank_|skinny"),
     ("products", r"nvjet|gemm|cutlass|xmma"),
     ("attention", r"cudnn|flash|fmha"),
-    ("to eight bits", r"_quantize_rows|_largest_kernel|_split_kernel"),
+    ("to eight bits", r"_quantize_rows|_balances_kernel|_split_kernel"),
     ("RMSNorm", r"rms_norm"),
     ("SwiGLU", r"gated"),
     ("RoPE", r"rope"),
