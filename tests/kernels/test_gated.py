@@ -118,6 +118,13 @@ def test_forward_with_the_product_of_down(shape, drops, triton_device, half_dtyp
             assert (actual.double() - expected).norm() <= 4e-3 * expected.norm()
 
 
+def test_tiles_of_many_tokens_serve_too(triton_device, half_dtype, monkeypatch):
+    twin = pytest.importorskip("halfbyte.kernels.gated_triton")
+    monkeypatch.setattr(twin, "FEW_TOKENS", 0)
+    test_dropout_before_down_is_in_both_gradients((70, 40), triton_device, half_dtype)
+    test_forward_with_the_product_of_down((70, 40, 16), True, triton_device, half_dtype)
+
+
 def test_no_adapters_and_no_tokens_are_fine(triton_device, half_dtype):
     twin = pytest.importorskip("halfbyte.kernels.gated_triton")
     for tokens in (0, 3):
