@@ -112,14 +112,17 @@ def test_a_factor_is_split_so_that_nothing_overflows(magnitude, transposed, trit
 def test_two_borders_are_those_of_each(triton_device):
     torch.manual_seed(0)
     factors = [torch.randn(n, 8, device=triton_device) for n in (70, 33)]
+    scales = [
+        torch.full((len(f),), s, device=triton_device)
+        for f, s in zip(factors, (0.5, 2), strict=True)
+    ]
     balances = torch.tensor([8.0, 0.5], device=triton_device)
     found = []
     for split_borders_ in _implementations("split_borders_"):
         for sides in ((slice(0, 2),), (slice(0, 1), slice(1, 2))):
-            matrices = [
-                Rows(torch.zeros(n, 96, device=triton_device).to(fp8.DTYPE), scale)
-                for n, scale in ((70, torch.full((70,), 0.5)), (33, torch.full((33,), 2.0)))
-            ]
+            shape = (64 + fp8.border_columns(8),)
+            values = [f.new_zeros((len(f), *shape)).to(fp8.DTYPE) for f in factors]
+            matrices = [Rows(*pair) for pair in zip(values, scales, strict=True)]
             for side in sides:
                 split_borders_(balances[side], matrices[side], factors[side])
             found.append(torch.cat([m.values.float() for m in matrices]))

