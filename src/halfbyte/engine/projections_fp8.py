@@ -200,7 +200,7 @@ class Fp8Siblings(Siblings):
             self.stay.matrix = values
             return
         self.stay.transposed = values
-        if self.stay.matrix is not None:
+        if self.stay.matrix is not None and self.stay.factors is None:
             # They stand in its border, too, since the forward.
             self.stay.factors = wide
 
