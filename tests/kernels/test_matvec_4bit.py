@@ -3,8 +3,9 @@
 import pytest
 import torch
 
+from halfbyte.kernels.decode_attention import Join
 from halfbyte.kernels.matvec_4bit import matvec_4bit
-from halfbyte.kernels.matvec_4bit_parts import Gate, Group
+from halfbyte.kernels.matvec_4bit_parts import Gate, Group, before_product
 from halfbyte.kernels.rms_norm import Norm
 from halfbyte.quant.weight import QuantizedWeight
 
@@ -79,6 +80,27 @@ def test_twin_is_as_exact_as_the_reference(
     ours = twin.matvec_4bit(x, group, before=before, residual=residual)
     assert ours.dtype == half_dtype
     assert _error(ours, exact) < 2 * _error(reference, exact) < 0.02
+
+
+@pytest.mark.parametrize("tokens", [1, 2])
+@pytest.mark.parametrize(("heads", "rank", "parts"), [(4, 3, 3), (12, 0, 65)])
+def test_parts_of_attention_are_joined_on_the_way(
+    heads, rank, parts, tokens, triton_device, half_dtype
+):
+    twin = pytest.importorskip("halfbyte.kernels.matvec_4bit_triton")
+    torch.manual_seed(0)
+    group = _group((5,), heads * 16, rank, triton_device, half_dtype)
+    values = torch.randn(tokens, heads * parts * 16, device=triton_device)
+    largest = torch.randn(tokens, heads, parts, device=triton_device) * 5
+    largest[:, :, 1] = -torch.inf
+    how = Join(largest, torch.rand(tokens, heads, parts, device=triton_device) + 1, half_dtype)
+    joined = before_product(values, how)
+    assert joined.dtype == half_dtype
+    exact = _exact(joined, group, None, None)
+    for product in (twin.matvec_4bit, matvec_4bit.__wrapped__):
+        y = product(values, group, before=how)
+        assert y.dtype == half_dtype
+        assert _error(y, exact) < 5e-3
 
 
 @pytest.mark.parametrize("tokens", [1, 2])

@@ -136,10 +136,10 @@ class DecodeStep:
         x = self.body.embed_tokens(self.tokens)
         for layer, (keys, values) in zip(self.layers, self.cache, strict=True):
             qkv = matvec_4bit(x, layer.qkv, before=layer.before_attention)
-            mixed = decode_attention_(
+            mixed, parts = decode_attention_(
                 qkv, self.cos, self.sin, self.positions, keys, values, layer.scale
             )
-            x = matvec_4bit(mixed, layer.o, residual=x)
+            x = matvec_4bit(mixed, layer.o, before=parts, residual=x)
             gate_up = matvec_4bit(x, layer.gate_up, before=layer.before_mlp)
             x = matvec_4bit(gate_up, layer.down, before=layer.gate, residual=x)
         self.positions += 1

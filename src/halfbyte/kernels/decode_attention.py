@@ -6,11 +6,28 @@ Positions are on the device, so one recorded graph serves every step. The rotati
 `kernels.rope` (the whole head turns).
 """
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
 from halfbyte.kernels.dispatch import accelerated
 from halfbyte.kernels.rope import rope_
+
+
+@dataclass(frozen=True)
+class Join:
+    """How P parts of the past become one: each counts by its largest score and its sum.
+
+    Args:
+        largest: float32 `[B, N, P]`, of the scores of a part; -inf where it is empty.
+        sums: float32 `[B, N, P]`, of `exp(score - largest)`.
+        dtype: Of the result.
+    """
+
+    largest: Tensor
+    sums: Tensor
+    dtype: torch.dtype
 
 
 @accelerated
@@ -22,7 +39,7 @@ def decode_attention_(
     keys: Tensor,
     values: Tensor,
     scale: float,
-) -> Tensor:
+) -> tuple[Tensor, Join | None]:
     """Put each new key and value into the cache and return what the new queries attend to.
 
     Args:
@@ -34,7 +51,8 @@ def decode_attention_(
         scale: What the scores are multiplied with.
 
     Returns:
-        `[B, N * D]` in the dtype of `qkv`.
+        `[B, N * D]` in the dtype of `qkv`, and None; or float32 sums of values weighted with
+        `exp(score - largest)`, `[B, N * P * D]`, and what `join` needs to make that of them.
     """
     batch, num_kv, length, size = keys.shape
     heads = qkv.view(batch, -1, size)
@@ -51,4 +69,13 @@ def decode_attention_(
     weights = scores.masked_fill(~is_past[:, None, None], -torch.inf).softmax(-1)
     # What lies beyond a sequence was never written.
     past = values.to(wide).masked_fill(~is_past[:, None, :, None], 0)
-    return torch.einsum("bmgl,bmld->bmgd", weights, past).reshape(batch, -1).to(qkv.dtype)
+    return torch.einsum("bmgl,bmld->bmgd", weights, past).reshape(batch, -1).to(qkv.dtype), None
+
+
+@accelerated
+def join(sums_of_values: Tensor, how: Join) -> Tensor:
+    """Return attention `[B, N * D]` of its parts `[B, N * P * D]`."""
+    share = torch.exp(how.largest - how.largest.amax(-1, keepdim=True))
+    share /= (share * how.sums).sum(-1, keepdim=True)
+    parts = sums_of_values.view(*share.shape, -1)
+    return (parts * share[..., None]).sum(2).flatten(1).to(how.dtype)

@@ -1,7 +1,8 @@
 """Attention of one new token a sequence on CUDA: the past is cut into parts that run side by side.
 
-Two launches: parts, each with its largest score and sum, then their weighted sum (Flash-Decoding,
-Dao et al. 2023). Program 0 of a key-value head turns, stores and attends to the new token itself.
+Each part has its largest score and sum; their weighted sum is another launch, or the beginning of
+the product that reads it (Flash-Decoding, Dao et al. 2023). Program 0 of a key-value head turns,
+stores and attends to the new token itself.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs
@@ -10,6 +11,8 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from halfbyte.kernels.decode_attention import Join
 
 _PROGRAMS = 256
 _BLOCK = 64
@@ -65,12 +68,12 @@ def _attend_kernel(
         is_past = n < end
         place = cache + n[:, None] * D + d[None, :]
         key = tl.load(keys + place, mask=is_past[:, None], other=0.0)
+        value = tl.load(values + place, mask=is_past[:, None], other=0.0)
         scores = tl.dot(query, tl.trans(key), out_dtype=tl.float32) * scale
         scores = tl.where(is_past[None, :], scores, float("-inf"))
         higher = tl.maximum(most, tl.max(scores, 1))
         weights = tl.exp(scores - higher[:, None])
         shrink = tl.exp(most - higher)
-        value = tl.load(values + place, mask=is_past[:, None], other=0.0)
         acc = acc * shrink[:, None] + tl.dot(weights.to(value.dtype), value, out_dtype=tl.float32)
         total = total * shrink + tl.sum(weights, 1)
         most = higher
@@ -98,21 +101,28 @@ def _join_kernel(
     tl.store(out + head * D + d, joined.to(out.dtype.element_ty))
 
 
-def decode_attention_(qkv, cos, sin, positions, keys, values, scale) -> Tensor:
+def decode_attention_(qkv, cos, sin, positions, keys, values, scale) -> tuple[Tensor, Join]:
     B, M, L, D = keys.shape
     N = qkv.shape[1] // D - 2 * M
     parts = max(1, min(_PROGRAMS // (B * M), triton.cdiv(L, _BLOCK), _MAX_PARTS))
     partial = torch.empty(B, N, parts, D, dtype=torch.float32, device=qkv.device)
     largest, sums = torch.empty(2, B, N, parts, dtype=torch.float32, device=qkv.device)
-    out = torch.empty(B, N * D, dtype=qkv.dtype, device=qkv.device)
     with torch.cuda.device_of(qkv):
         _attend_kernel[(parts, M, B)](
             qkv, cos, sin, positions, keys, values, partial, largest, sums, scale, L, parts,
             N=N, M=M, D=D, BLOCK_G=max(triton.next_power_of_2(N // M), 16), BLOCK=_BLOCK,
             num_warps=4,
         )  # fmt: skip
+    return partial.view(B, -1), Join(largest, sums, qkv.dtype)
+
+
+def join(sums_of_values, how) -> Tensor:
+    B, N, parts = how.largest.shape
+    D = sums_of_values.shape[1] // (N * parts)
+    out = torch.empty(B, N * D, dtype=how.dtype, device=sums_of_values.device)
+    with torch.cuda.device_of(out):
         _join_kernel[(B * N,)](
-            partial, largest, sums, out, parts,
+            sums_of_values, how.largest, how.sums, out, parts,
             D=D, BLOCK_P=triton.next_power_of_2(parts), num_warps=4,
         )  # fmt: skip
     return out

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from halfbyte.kernels.decode_attention import Join, join
 from halfbyte.kernels.gated import gated_forward
 from halfbyte.kernels.linear_4bit import PackedMatrix
 from halfbyte.kernels.nf4 import dequantize_4bit, dequantize_nested
@@ -38,8 +39,14 @@ class Gate:
     activation: str
 
 
-def before_product(x: Tensor, before: Norm | Gate | None) -> Tensor:
-    """Return f(x), `[T, K]` in the dtype of x."""
+Before = Norm | Gate | Join
+"""What stands before a product."""
+
+
+def before_product(x: Tensor, before: Before | None) -> Tensor:
+    """Return f(x), `[T, K]` in the dtype of x, or of what is joined."""
+    if isinstance(before, Join):
+        return join(x, before)
     if isinstance(before, Norm):
         return add_rms_norm(x, None, before.weight, before.eps)[1]
     if isinstance(before, Gate):

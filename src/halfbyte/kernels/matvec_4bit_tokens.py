@@ -9,16 +9,15 @@ the dtype of x and multiplied.
 import torch
 from torch import Tensor
 
-from halfbyte.kernels.matvec_4bit_parts import Gate, Group, before_product, dense
-from halfbyte.kernels.rms_norm import Norm
+from halfbyte.kernels.matvec_4bit_parts import Before, Group, before_product, dense
 
 
 def several_tokens(
-    x: Tensor, group: Group, before: Norm | Gate | None, residual: Tensor | None
+    x: Tensor, group: Group, before: Before | None, residual: Tensor | None
 ) -> Tensor:
     """Return `y`, `[T, N]`: see `kernels.matvec_4bit`."""
-    wide_type = torch.promote_types(x.dtype, torch.float32)
     x = before_product(x, before)
+    wide_type = torch.promote_types(x.dtype, torch.float32)
     y = torch.cat([x @ dense(weight, x.dtype).t() for weight in group.weights], 1).to(wide_type)
     if group.lora_A is not None and group.lora_B is not None:
         xa = (x @ group.lora_A.t()).to(wide_type).unflatten(1, (len(group.weights), -1))

@@ -14,7 +14,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from halfbyte.kernels.decode_attention import Join
 from halfbyte.kernels.lookup_4bit import lookup
+from halfbyte.kernels.matvec_4bit_parts import Gate
+from halfbyte.kernels.matvec_4bit_parts import before_product as apply_before
 from halfbyte.kernels.matvec_4bit_parts_triton import (
     before_product,
     norm_scale,
@@ -31,9 +34,7 @@ _LANES = 32
 # each other's waiting (25 fit on a multiprocessor, or 16).
 _MANY_OUTPUTS = 8192
 _FEW_ROWS, _MANY_ROWS = (2, 80), (4, 128)
-# From how many tokens on tensor cores are used.
-_SEVERAL = 2
-_PREPARE_PROGRAMS, _MAX_BLOCK = 16, 4096
+_PREPARE_PROGRAMS, _MAX_BLOCK, _MAX_JOINED = 16, 4096, 8192
 
 
 @triton.jit
@@ -103,10 +104,32 @@ def _scale_parts(absmax, nested, row, is_row, block, BLOCKS: tl.constexpr, NESTE
 
 
 @triton.jit
+def _joined(
+    x, largest, sums, start, num_parts, K: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+):  # fmt: skip
+    """Return attention at BLOCK inputs from `start` on, of all parts of their heads."""
+    head = start // D + tl.arange(0, BLOCK // D)
+    part = tl.arange(0, BLOCK_P)
+    mask = (head < K // D)[:, None] & (part < num_parts)[None, :]
+    at = head[:, None] * num_parts + part[None, :]
+    most = tl.load(largest + at, mask=mask, other=float("-inf"))
+    share = tl.load(sums + at, mask=mask, other=0.0)
+    value = tl.load(
+        x + at[:, :, None] * D + tl.arange(0, D)[None, None, :], mask=mask[:, :, None], other=0.0
+    )
+    # Heads behind the last one have nothing to be divided by.
+    weight = tl.where(mask, tl.exp(most - tl.max(most, 1)[:, None]), 0.0)
+    total = tl.sum(weight * share, 1)
+    weight = weight / tl.where(total > 0, total, 1.0)[:, None]
+    return tl.sum(value * weight[:, :, None], 1).reshape(BLOCK)
+
+
+@triton.jit
 def _prepare_kernel(
-    x, norm, eps, lora_A, prepared, xa, num_ranks, x_scale,
-    K: tl.constexpr, BEFORE: tl.constexpr, BLOCK: tl.constexpr, SHARE: tl.constexpr,
-    BLOCK_S: tl.constexpr,
+    x, norm, eps, sums, num_parts, lora_A, prepared, xa, num_ranks, x_scale,
+    K: tl.constexpr, BEFORE: tl.constexpr, D: tl.constexpr, BLOCK_P: tl.constexpr,
+    BLOCK: tl.constexpr, SHARE: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
     """Program (p, q) makes element p of part q of `f(x) A^T`, and SHARE elements of f(x) there.
 
@@ -121,12 +144,19 @@ def _prepare_kernel(
     scale = 1.0
     if BEFORE == "norm":
         scale = norm_scale(x, eps, K, BLOCK)
-    share = pid * SHARE + tl.arange(0, BLOCK_S)
-    own = start + share
-    mask = (own < K) & (share < (pid + 1) * SHARE) & (share < BLOCK)
-    value = before_product(x, norm, scale, own, mask, K, BEFORE)
-    tl.store(prepared + own % 8 * (K // 8) + own // 8, value * x_scale, mask=mask)
-    value = before_product(x, norm, scale, at, at < K, K, BEFORE)
+    if BEFORE == "join":
+        value = _joined(x, norm, sums, start, num_parts, K, D, BLOCK, BLOCK_P)
+        # Rounded to the model's dtype, as attention's result would be.
+        value = value.to(lora_A.dtype.element_ty).to(tl.float32)
+        mask = (at < K) & ((at - start) // SHARE == pid)
+        tl.store(prepared + at % 8 * (K // 8) + at // 8, value * x_scale, mask=mask)
+    else:
+        share = pid * SHARE + tl.arange(0, BLOCK_S)
+        own = start + share
+        mask = (own < K) & (share < (pid + 1) * SHARE) & (share < BLOCK)
+        value = before_product(x, norm, scale, own, mask, K, BEFORE)
+        tl.store(prepared + own % 8 * (K // 8) + own // 8, value * x_scale, mask=mask)
+        value = before_product(x, norm, scale, at, at < K, K, BEFORE)
     total = tl.sum(value * a.to(tl.float32), 0)
     tl.store(xa + tl.program_id(1) * num_ranks + pid, total, mask=pid < num_ranks)
 
@@ -245,32 +275,46 @@ def _fits(x, group) -> bool:
 
 
 def matvec_4bit(x, group, *, before=None, residual=None) -> Tensor:
-    if not _fits(x, group):
-        return reference(x, group, before, residual)
+    is_one = x.shape[0] == 1 and _fits(x, group)
     with torch.cuda.device_of(x):
-        if x.shape[0] >= _SEVERAL:
-            return several_tokens(x, group, before, residual)
-        how = lookup(group.weights[0].quant_type, x.device)
-        prepared, xa = prepare(x, group, before, how.x_scale)
-        return multiply(prepared, xa, group, residual, x.dtype, how)
+        if is_one:
+            how = lookup(group.weights[0].quant_type, x.device)
+            dtype = before.dtype if isinstance(before, Join) else x.dtype
+            prepared, xa = prepare(x, group, before, how.x_scale)
+            return multiply(prepared, xa, group, residual, dtype, how)
+        if isinstance(before, Join):
+            x, before = apply_before(x, before), None
+        product = several_tokens if _fits(x, group) else reference
+        return product(x, group, before, residual)
 
 
 def prepare(x, group, before, x_scale) -> tuple[Tensor, Tensor]:
     """Return f(x) in the order of the second launch, and `f(x) A^T` in parts, all float32."""
     K = group.weights[0].shape[1]
     ranks = 0 if group.lora_A is None else group.lora_A.shape[0]
-    block = min(triton.next_power_of_2(K), _MAX_BLOCK)
-    programs, parts = max(ranks, _PREPARE_PROGRAMS), triton.cdiv(K, block)
+    lora_A = x if group.lora_A is None else group.lora_A
     prepared = torch.empty(K, dtype=torch.float32, device=x.device)
+    block, block_p, head, num_joined = min(triton.next_power_of_2(K), _MAX_BLOCK), 1, 1, 1
+    kind, norm, sums, eps = "", prepared, prepared, 0.0
+    if isinstance(before, Norm):
+        kind, norm, eps = "norm", before.weight, before.eps
+    elif isinstance(before, Gate):
+        kind = before.activation
+    elif isinstance(before, Join):
+        kind, norm, sums = "join", before.largest, before.sums
+        _, heads, num_joined = before.largest.shape
+        head, block_p = K // heads, triton.next_power_of_2(num_joined)
+        block = min(block, max(_MAX_JOINED // block_p, head))
+        if group.lora_A is None:
+            lora_A = torch.empty(1, dtype=before.dtype, device=x.device)
+    programs, parts = max(ranks, _PREPARE_PROGRAMS), triton.cdiv(K, block)
     xa = torch.empty(parts, max(ranks, 1), dtype=torch.float32, device=x.device)
-    is_norm = isinstance(before, Norm)
     share = triton.cdiv(block, programs)
     _prepare_kernel[(programs, parts)](
-        x, before.weight if is_norm else xa, before.eps if is_norm else 0.0,
-        x if group.lora_A is None else group.lora_A, prepared, xa, ranks, x_scale,
-        K=K, BEFORE="norm" if is_norm else "" if before is None else before.activation,
+        x, norm, eps, sums, num_joined, lora_A, prepared, xa, ranks, x_scale,
+        K=K, BEFORE=kind, D=head, BLOCK_P=block_p,
         BLOCK=block, SHARE=share, BLOCK_S=triton.next_power_of_2(share),
-        num_warps=max(block // 512, 1),
+        num_warps=max(block * block_p // 512, 1),
     )  # fmt: skip
     return prepared, xa
 
