@@ -14,8 +14,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from halfbyte.engine.attention import Layout, attention, backends
+from halfbyte.engine.attention import Layout, attention
 from halfbyte.engine.block import IntoAttention, Keep, OutOfAttention
 from halfbyte.engine.layer import FusedLayer
 from halfbyte.engine.projections import Siblings
@@ -23,6 +24,11 @@ from halfbyte.kernels.decode_attention import decode_attention_
 from halfbyte.kernels.matvec_4bit import matvec_4bit
 from halfbyte.kernels.matvec_4bit_parts import Gate, Group
 from halfbyte.kernels.rms_norm import Norm
+
+# Without cuDNN's, which is planned anew for each length of a prompt.
+_BACKENDS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+# Kernels are compiled once for lengths that are multiples of it, and again for others.
+_STEP_OF_LENGTH = 16
 
 
 @dataclass(frozen=True)
@@ -115,13 +121,14 @@ class DecodeStep:
     def prefill(self, prompts: list[list[int]]) -> Tensor:
         """Fill the cache with B prompts and return the logits after each, `[B, V]`."""
         device = self.tokens.device
-        width = max(map(len, prompts))
+        longest = max(map(len, prompts))
+        width = min(-(-longest // _STEP_OF_LENGTH) * _STEP_OF_LENGTH, self.length)
         # Padding on the right: no token sees what comes after it, and the next ones overwrite it.
         padded = [[*prompt, *[0] * (width - len(prompt))] for prompt in prompts]
         x = self.body.embed_tokens(torch.tensor(padded, device=device)).flatten(0, 1)
         angles = (self.cos[:width].repeat(self.batch, 1), self.sin[:width].repeat(self.batch, 1))
         layout = Layout(self.batch, width, max_length=width)
-        with backends():
+        with sdpa_kernel(_BACKENDS, set_priority=True):
             for layer, cache in zip(self.layers, self.cache, strict=True):
                 x = _prefill_layer(layer.fused, x, angles, layout, cache)
         lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
