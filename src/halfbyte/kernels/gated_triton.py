@@ -20,9 +20,9 @@ from halfbyte.kernels.skinny_triton import (
 
 # 4 warps x 8 elements of 16 bits = 16 bytes a thread and access.
 _BLOCK = 1024
-# (tokens, columns, warps, stages) of a tile of the forward that makes `x A^T` too; [with dropout,
-# without]. At 8,192 tokens of Llama 8B on an H100 288 and 331 us, apart 365 and 350.
-_PRODUCT_TILES = {True: (32, 128, 4, 3), False: (64, 64, 4, 3)}
+# (tokens, columns, warps, stages) of a tile of the forward that makes `x A^T` too. At 8,192 tokens
+# of Llama 8B on an H100 288 us with dropout; in two kernels 365 us, and 350 without dropout.
+_PRODUCT_TILE = (32, 128, 4, 3)
 # With dropout and few tokens: at 2,048 tokens 82 us instead of 95.
 _PRODUCT_TILE_OF_FEW = (16, 128, 4, 3)
 # Programs of the backward: about sixteen for each of the 132 multiprocessors of an H100.
@@ -32,7 +32,6 @@ _LEAST_OF_SPLIT = 128
 # (columns, tokens, warps) of a tile of the backward; [with dropout, without]. They took 569 and
 # 538 us at 8,192 tokens of Llama 8B on an H100, half or twice as many columns 590 to 800.
 _TILES = {True: (64, 32, 8), False: (64, 32, 4)}
-_FORWARD_ONCE, _BACKWARD_ONCE = True, True
 # With dropout and few tokens: at 2,048 tokens 166 us instead of 185.
 _TILE_OF_FEW = (64, 16, 4)
 # Accumulators of larger ranks would not fit into registers with as many columns.
@@ -135,7 +134,7 @@ def _gated_backward_kernel(
     stride_in, stride_grad, stride_xa, stride_gb, stride_A, T, size, tokens_per_split,
     RG: tl.constexpr, RU: tl.constexpr, R2: tl.constexpr,
     BLOCK_R1: tl.constexpr, BLOCK_R2: tl.constexpr,
-    ACT: tl.constexpr, DROPS: tl.constexpr, ADDS: tl.constexpr, HAS_PTX: tl.constexpr,
+    ACT: tl.constexpr, DROPS: tl.constexpr, ADDS: tl.constexpr,
     BLOCK_I: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
     first_column = tl.program_id(0) * BLOCK_I
@@ -167,7 +166,7 @@ def _gated_backward_kernel(
                 gb_ptr + rows[:, None] * stride_gb + ranks2[None, :],
                 mask=row_mask[:, None] & (ranks2 < R2)[None, :], other=0.0,
             )  # fmt: skip
-            hidden = _once((act * up).to(gate.dtype), HAS_PTX)
+            hidden = (act * up).to(gate.dtype)
             if DROPS:
                 keys, key = row_keys(seed_ptr, salt, rows)
                 stays = kept(keys, key, first_column, threshold, BLOCK_T, BLOCK_I)
@@ -175,8 +174,8 @@ def _gated_backward_kernel(
                 if ADDS:
                     product = tl.dot(gb, A, input_precision="ieee") * scale
                     grad += tl.where(stays, product, 0.0)
-        d_gate = _once((grad * up * slope).to(gate.dtype), HAS_PTX)
-        d_up = _once((grad * act).to(gate.dtype), HAS_PTX)
+        d_gate = (grad * up * slope).to(gate.dtype)
+        d_up = (grad * act).to(gate.dtype)
         tl.store(gate_ptrs, d_gate, mask=mask)
         tl.store(gate_ptrs + size, d_up, mask=mask)
         xa_offs = rows[:, None] * stride_xa + ranks1[None, :]
@@ -205,7 +204,7 @@ def _gated_backward_kernel(
         tl.store(ptrs, tl.trans(grad_down) * scale, mask=mask)
 
 
-def has_ptx(x: Tensor) -> bool:
+def _has_ptx(x: Tensor) -> bool:
     """Return whether inline PTX works on x by pairs: Triton's interpreter (on a CPU) has none."""
     return x.is_cuda and x.dtype.itemsize == 2
 
@@ -235,8 +234,7 @@ def gated_product(
             gate_up, size, activation, lora_A, scaling=scaling, mask=mask
         )
     is_few = mask is not None and T <= FEW_TOKENS
-    tile = _PRODUCT_TILE_OF_FEW if is_few else _PRODUCT_TILES[mask is not None]
-    block_t, block_k, warps, stages = tile
+    block_t, block_k, warps, stages = _PRODUCT_TILE_OF_FEW if is_few else _PRODUCT_TILE
     out = torch.empty(T, size + R, dtype=gate_up.dtype, device=gate_up.device)
     splits, each = splits_of(triton.cdiv(size, block_k), triton.cdiv(T, block_t))
     partial = torch.empty(splits, T, R, dtype=torch.float32, device=gate_up.device)
@@ -244,7 +242,7 @@ def gated_product(
         gate_up, out, lora_A, partial, *mask_arguments(mask, partial),
         gate_up.stride(0), out.stride(0), lora_A.stride(0), T, size, each,
         R=R, BLOCK_R=block_ranks(R), ACT=activation, DROPS=mask is not None,
-        ALIGNED=is_aligned(gate_up, out, lora_A), HAS_PTX=_FORWARD_ONCE and has_ptx(gate_up),
+        ALIGNED=is_aligned(gate_up, out, lora_A), HAS_PTX=_has_ptx(gate_up),
         BLOCK_T=block_t, BLOCK_K=block_k, num_warps=warps, num_stages=stages,
     )  # fmt: skip
     return out, add_splits(partial, out[:, size:], mask, scaling)
@@ -285,7 +283,6 @@ def gated_backward_(
             RG=RG, RU=RU, R2=R2, BLOCK_R1=max(triton.next_power_of_2(max(RG, RU)), 16),
             BLOCK_R2=max(triton.next_power_of_2(R2), 16),
             ACT=activation, DROPS=mask is not None, ADDS=A is lora_A and mask is not None,
-            HAS_PTX=_BACKWARD_ONCE and has_ptx(gate_up),
             BLOCK_I=block_i, BLOCK_T=block_t, num_warps=warps,
         )  # fmt: skip
     total = partial.sum(0) if splits > 1 else partial[0]
