@@ -57,6 +57,18 @@ def test_where_others_use_the_card_the_changes_fit_beside_them(small_model):
     assert "a card of 8 GB" not in hint
 
 
+def test_where_only_pieces_were_too_small_they_are_to_be_joined(small_model, monkeypatch):
+    setting = Setting(length=16384, memory="lean", total_bytes=CARD)
+    in_pieces = shortage(allocated_bytes=4 * GIB, cached_bytes=3 * GIB, free_bytes=GIB // 4)
+    first, *_ = does_not_fit(in_pieces, small_model, setting).hint.split("; or ")
+    assert first.startswith("set PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True")
+    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+    assert "PYTORCH" not in does_not_fit(in_pieces, small_model, setting).hint
+    monkeypatch.delenv("PYTORCH_CUDA_ALLOC_CONF")
+    whole = shortage(allocated_bytes=7 * GIB, cached_bytes=0, free_bytes=GIB // 4)
+    assert "PYTORCH" not in does_not_fit(whole, small_model, setting).hint
+
+
 def test_on_a_cpu_the_allocator_is_quoted(llama_8b_model):
     error = does_not_fit(Shortage(torch.device("cpu"), "no room"), llama_8b_model, Setting())
     assert "no room" in error.message

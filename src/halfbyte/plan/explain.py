@@ -1,5 +1,6 @@
 """Why a step does not fit, in words: the bytes by owner, and what to set otherwise."""
 
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
@@ -15,6 +16,10 @@ from halfbyte.plan.predict import Planner, Prediction, Setting
 _ERRING = 0.95
 _NUM_CHANGES = 3
 _MUCH = 2**30
+# What PyTorch's allocator is told with, by its present and its former name, and what joins pieces.
+_ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
+_JOINED = "expandable_segments:True"
+_MUCH_IN_PIECES = 2**28
 _GENERAL = "lower per_device_train_batch_size, max_length or r, or take a larger card"
 
 
@@ -33,9 +38,13 @@ def does_not_fit(shortage: Shortage, model: PeftModel, setting: Setting) -> Devi
         )
     try:
         planner = Planner(model)
-        prediction = _tried(planner, setting, shortage)
-        found = changes(planner, prediction, card_bytes=shortage.total_bytes)
-        found = [*_without_others(planner, prediction, shortage), *found][:_NUM_CHANGES]
+        expected = _expected(planner, setting, shortage)
+        prediction = _tried(planner, expected)
+        found = [
+            *_without_pieces(expected, shortage),
+            *_without_others(planner, prediction, shortage),
+            *changes(planner, prediction, card_bytes=shortage.total_bytes),
+        ][:_NUM_CHANGES]
     except HalfbyteError:
         return DeviceError(f"a step does not fit: {shortage.reason}", hint=_GENERAL)
     hint = "; or ".join(f"{c.text} (peak {gib(c.peak_bytes)})" for c in found) or _GENERAL
@@ -49,18 +58,28 @@ def does_not_fit(shortage: Shortage, model: PeftModel, setting: Setting) -> Devi
     )
 
 
-def _tried(planner: Planner, setting: Setting, shortage: Shortage) -> Prediction:
-    """Predict the last attempt, with all given up that could be, in the memory that there was.
-
-    Where the plan says that it fits, it errs by more than it leaves free: that much less is there.
-    """
+def _expected(planner: Planner, setting: Setting, shortage: Shortage) -> Prediction:
+    """Predict the last attempt, with all given up that could be, in the memory that there was."""
     total = shortage.total_bytes - _others_bytes(shortage)
     last = replace(setting, memory="lean", is_checkpointed=True, total_bytes=total)
-    prediction = planner.predict(last)
+    return planner.predict(last)
+
+
+def _tried(planner: Planner, expected: Prediction) -> Prediction:
+    """Predict the last attempt in so much less memory that it does not fit, since it did not."""
+    prediction, total = expected, expected.setting.total_bytes or 0
     while prediction.fits and total > CONTEXT_BYTES:
         total = int(_ERRING * total)
-        prediction = planner.predict(replace(last, total_bytes=total))
+        prediction = planner.predict(replace(expected.setting, total_bytes=total))
     return prediction
+
+
+def _without_pieces(expected: Prediction, shortage: Shortage) -> Iterator[Change]:
+    """Yield that free memory be joined, where only its pieces were too small."""
+    is_joined = any(_JOINED in os.environ.get(name, "") for name in _ALLOCATOR)
+    if expected.fits and shortage.cached_bytes > _MUCH_IN_PIECES and not is_joined:
+        text = f"set {_ALLOCATOR[1]}={_JOINED} in the environment, which joins free pieces"
+        yield Change(text, expected.peak.nbytes)
 
 
 def _without_others(planner: Planner, tried: Prediction, shortage: Shortage) -> Iterator[Change]:
