@@ -37,7 +37,8 @@ def _rope_backward_kernel(
     heads = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
     offs = tl.arange(0, BLOCK)
     mask = (heads < N)[:, None] & (offs < D)[None, :]
-    source = grad_ptr + t * stride_gt + heads[:, None] * stride_gn
+    # Heads may come one after the other, each with all of its tokens.
+    source = grad_ptr + t * stride_gt + heads[:, None].to(tl.int64) * stride_gn
     value = tl.load(source + offs[None, :], mask=mask, other=0.0)
     if ROTATED:
         turning = offs < 2 * HALF
