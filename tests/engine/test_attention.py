@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from halfbyte.engine import attention as module
 from halfbyte.engine.attention import Layout, attention, backends
 
 
@@ -51,6 +52,33 @@ def test_packed_documents_do_not_see_each_other():
     changed = attention(query, key, value, Layout(1, 12, bounds, 6), 0.25)
     assert torch.equal(changed[5:], out[5:])
     assert not torch.equal(changed[:5], out[:5])
+
+
+@pytest.mark.parametrize("window", [None, 3])
+@pytest.mark.parametrize(
+    "layout",
+    [Layout(3, 4), Layout(1, 12, torch.tensor([0, 5, 6, 12], dtype=torch.int32), 6)],
+    ids=["dense", "packed"],
+)
+def test_sequences_are_taken_apart_where_kernels_could_not_count_them(layout, window, monkeypatch):
+    whole = [t.requires_grad_() for t in _inputs(12)]
+    halved = [t.detach().clone().requires_grad_() for t in whole]
+    out = attention(*whole, layout, 0.25, window)
+    out.square().sum().backward()
+    monkeypatch.setattr(module, "_MAX_ELEMENTS", 4 * 4 * 16)
+    asked = []
+    dense = module.causal_attention
+    monkeypatch.setattr(
+        module,
+        "causal_attention",
+        lambda q, *a, **k: asked.append(q.shape[:3]) or dense(q, *a, **k),
+    )
+    again = attention(*halved, layout, 0.25, window)
+    again.square().sum().backward()
+    assert all(batch == 1 for batch, _, _ in asked)
+    torch.testing.assert_close(again, out)
+    for actual, expected in zip(halved, whole, strict=True):
+        torch.testing.assert_close(actual.grad, expected.grad)
 
 
 @pytest.mark.gpu

@@ -9,7 +9,7 @@ import inspect
 import itertools
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
@@ -25,6 +25,8 @@ _DENSE = [
     SDPBackend.EFFICIENT_ATTENTION,
     SDPBackend.MATH,
 ]
+# Flash attention's gradient counts the elements of q before a sequence in 32 bits.
+_MAX_ELEMENTS = 2**31
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,11 @@ class Layout:
     length: int
     cu_seqlens: Tensor | None = None
     max_length: int = 0
+
+    @property
+    def num_sequences(self) -> int:
+        """Rows, or packed documents."""
+        return self.batch if self.cu_seqlens is None else self.cu_seqlens.numel() - 1
 
 
 def backends() -> AbstractContextManager[None]:
@@ -79,10 +86,18 @@ def attention(
     Returns:
         `[T, N * D]`.
     """
+    head_size = 1 << (query.shape[2] - 1).bit_length()  # as kernels pad it, or more
+    too_many = query.shape[0] * query.shape[1] * head_size > _MAX_ELEMENTS
+    if too_many and layout.num_sequences > 1:
+        halves = (
+            attention(query[rows], key[rows], value[rows], half, scale, window)
+            for rows, half in _halves(layout)
+        )
+        return torch.cat(list(halves))
     longest = layout.length if layout.cu_seqlens is None else layout.max_length
     if window is not None and window >= longest:
         window = None  # which other, faster backends can do too
-    is_packed = layout.cu_seqlens is not None and layout.cu_seqlens.numel() > 2
+    is_packed = layout.cu_seqlens is not None and layout.num_sequences > 1
     if is_packed or (window is not None and query.is_cuda):
         out = _packed(query, key, value, layout, scale, window)
         return out.reshape(query.shape[0], -1)
@@ -90,6 +105,20 @@ def attention(
     q, k, v = (x.view(*shape, *x.shape[1:]).transpose(1, 2) for x in (query, key, value))
     out = causal_attention(q, k, v, scale=scale, window=window)
     return out.transpose(1, 2).reshape(query.shape[0], -1)
+
+
+def _halves(layout: Layout) -> list[tuple[slice, Layout]]:
+    """Return the tokens and the layouts of the first half of the sequences and of the second."""
+    bounds, middle = layout.cu_seqlens, layout.num_sequences // 2
+    if bounds is None:
+        tokens = middle * layout.length
+        first, second = replace(layout, batch=middle), replace(layout, batch=layout.batch - middle)
+    else:
+        tokens = int(bounds[middle])  # waits for the device: nothing beside so many tokens
+        first = replace(layout, length=tokens, cu_seqlens=bounds[: middle + 1])
+        rest = layout.length - tokens
+        second = replace(layout, length=rest, cu_seqlens=bounds[middle:] - tokens)
+    return [(slice(tokens), first), (slice(tokens, None), second)]
 
 
 def _packed(
