@@ -1,3 +1,5 @@
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -148,6 +150,40 @@ def test_the_product_is_that_of_the_values(triton_device, half_dtype):
     exact = [r.values.double() * r.scale.double().unsqueeze(1) for r in rows]
     assert _error(out, exact[0] @ exact[1].t()) < 0.003
     assert _error(out, x @ weight.t()) < 0.06
+
+
+@pytest.mark.parametrize(
+    ("capability", "cuda", "heeds"),
+    [
+        ((9, 0), "13.0", True),
+        ((9, 0), "12.8", False),
+        ((8, 9), "13.0", False),
+        ((10, 0), None, False),
+    ],
+)
+def test_where_torch_loses_the_pitch_rows_are_written_apart(capability, cuda, heeds, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    monkeypatch.setattr(fp8, "_heeds_pitch", fp8._heeds_pitch.__wrapped__)
+    written = []
+
+    def multiply(a, b, *scales, out, **_):
+        # As torch's own kernels do: one row right behind the other.
+        written.append(out)
+        flat = out.as_strided((out.numel(),), (1,))
+        flat.copy_(torch.mm(a.float(), b.float()).flatten() * (scales[0] * scales[1]).flatten())
+
+    monkeypatch.setattr(torch, "_scaled_mm", multiply)
+    rows = [fp8.quantize_rows(m, m[:, :0], None) for m in (torch.randn(3, 16), torch.randn(8, 16))]
+    expected = fp8.product_(*rows, torch.empty(3, 8))
+    values = SimpleNamespace(is_cuda=True, float=rows[0].values.float)
+    wide = torch.zeros(3, 16)
+    found = fp8.product_(rows[0]._replace(values=values), rows[1], wide[:, :8])
+    assert (written[0].data_ptr() == wide.data_ptr()) == heeds
+    assert torch.equal(found, wide[:, :8])
+    if not heeds:
+        torch.testing.assert_close(found, expected)
+        assert not wide[:, 8:].any()
 
 
 def test_lora_inside_a_product_is_as_good_as_in_bf16(triton_device):

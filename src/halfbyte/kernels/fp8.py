@@ -19,6 +19,7 @@ Gradients are e4m3 as well; with a scale for each row they need no wider exponen
 arXiv 2412.19437, section 3.3.2).
 """
 
+import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -115,12 +116,28 @@ def balance_of(largest: Tensor) -> Tensor:
 def product_(x: Rows, weight: Rows, out: Tensor) -> Tensor:
     """Write `x @ weight^T` into `out` `[T, N]` (rows may have a pitch) and return it."""
     if x.values.is_cuda:
-        return torch._scaled_mm(
+        target = out
+        if not out.is_contiguous() and not _heeds_pitch(out.device):
+            target = torch.empty(out.shape, dtype=out.dtype, device=out.device)
+        torch._scaled_mm(
             x.values, weight.values.t(), x.scale.unsqueeze(1), weight.scale.unsqueeze(0),
-            out_dtype=out.dtype, use_fast_accum=FAST_ACCUMULATION, out=out,
+            out_dtype=out.dtype, use_fast_accum=FAST_ACCUMULATION, out=target,
         )  # fmt: skip
+        return out if target is out else out.copy_(target)
     product = x.values.to(torch.float32) @ weight.values.to(torch.float32).t()
     return out.copy_(product * x.scale.unsqueeze(1) * weight.scale)
+
+
+@functools.cache
+def _heeds_pitch(device: torch.device) -> bool:
+    """Whether torch's product leaves alone what lies between the rows of `out`.
+
+    cuBLAS does. It multiplies rows with scales of their own on Hopper from CUDA 12.9 on; elsewhere
+    torch has kernels of its own (RowwiseScaledMM.cu), most of which write as if there were no
+    pitch: wrong numbers, and no error.
+    """
+    version = tuple(int(number) for number in (torch.version.cuda or "0").split(".")[:2])
+    return torch.cuda.get_device_capability(device)[0] == 9 and version >= (12, 9)
 
 
 def _terms(values: Tensor) -> tuple[Tensor, Tensor]:
