@@ -21,8 +21,8 @@ _WHOLE = 16384
 _BLOCK = 8192
 # Elements of a thread.
 _WHOLE_THREAD, _BLOCK_THREAD = 32, 16
-# Rows of a factor that a program splits.
-_SPLIT_ROWS = 32
+# Rows of a factor that a program splits at most, and elements of its border.
+_SPLIT_ROWS, _SPLIT_ELEMENTS = 32, 8192
 _LARGEST = tl.constexpr(fp8.LARGEST)
 _TINY = tl.constexpr(fp8.TINY)
 # 1.5 * 2^23 * 2^-9: a float32 that it is added to is rounded to a multiple of 2^-9.
@@ -153,12 +153,14 @@ def quantize_rows(x: Tensor, border: Tensor, balance: Tensor | None) -> Rows:
 def split_borders_(balances: Tensor, matrices: Sequence[Rows], factors: Sequence[Tensor]) -> None:
     ranks = factors[0].shape[1]
     columns = border_columns(ranks)
+    block = triton.next_power_of_2(columns)
+    rows = max(min(_SPLIT_ROWS, _SPLIT_ELEMENTS // block), 1)
     arguments, programs = [], 0
     for (values, scale), factor in zip(matrices, factors, strict=True):
         features, count = values.shape[1] - columns, len(factor)
         arguments += [values, factor, scale, values.stride(0), *factor.stride(), features, count]
-        programs += triton.cdiv(count, _SPLIT_ROWS)
+        programs += triton.cdiv(count, rows)
     _split_kernel[(programs,)](
         *(arguments if len(matrices) == 2 else arguments * 2), balances, R=ranks, P=columns,
-        BLOCK_P=triton.next_power_of_2(columns), ROWS=_SPLIT_ROWS, EMULATES=not balances.is_cuda,
+        BLOCK_P=block, ROWS=rows, EMULATES=not balances.is_cuda,
     )  # fmt: skip

@@ -17,7 +17,9 @@ from halfbyte.kernels.wide import assemble_ as _dispatching_assemble_
 
 # Elements of a program of two warps: 32 blocks of 64 codes.
 _ELEMENTS, _WARPS = 2048, 2
-_RIGHT_ROWS = 64
+# Rows of B that a program writes at most, and their elements: with more, the registers that they
+# take would leave all programs of the kernel fewer places on a multiprocessor.
+_RIGHT_ROWS, _RIGHT_ELEMENTS = 64, 4096
 _BELOW_COLUMNS = 1024
 
 
@@ -148,6 +150,11 @@ def levels_on(quant_type: str, device: torch.device) -> Tensor:
     return codebooks.levels(quant_type, "cuda").repeat(2).to(device)
 
 
+def right_rows(block_width: int) -> int:
+    """Return how many rows of B, so wide, a program writes."""
+    return max(min(_RIGHT_ROWS, _RIGHT_ELEMENTS // block_width), 1)
+
+
 def _fits(parts) -> bool:
     """Whether one launch can serve the parts: up to three 4-bit weights of one kind, whole rows."""
     first = parts[0].weight
@@ -186,20 +193,22 @@ def assemble_(wide, parts, *, only_border=False) -> Tensor:
         ranks.append(0)
     K = first.shape[1]
     width = wide.shape[1] - K
+    block_width = max(triton.next_power_of_2(width), 16)
+    rows = right_rows(block_width)
     blocks = max(_ELEMENTS // first.block_size, 1)
     per_row = 0 if only_border else K // first.block_size
     grid = sum(triton.cdiv(n * per_row, blocks) for n in outputs)
     if width:
-        grid += sum(triton.cdiv(n, _RIGHT_ROWS) for n in outputs)
+        grid += sum(triton.cdiv(n, rows) for n in outputs)
         grid += width * triton.cdiv(K, _BELOW_COLUMNS)
     if not grid:
         return wide
     _assemble_kernel[(grid,)](
         *pointers, levels, wide, wide.stride(0), K, *outputs, *scalings,
         R0=ranks[0], R1=ranks[1], R2=ranks[2],
-        WIDTH=width, BLOCK_WIDTH=max(triton.next_power_of_2(width), 16),
+        WIDTH=width, BLOCK_WIDTH=block_width,
         SIZE=first.block_size, NESTED=first.nested_absmax is not None, BLOCKS=blocks,
-        ROWS=_RIGHT_ROWS, COLUMNS=_BELOW_COLUMNS, FILLS=not only_border,
+        ROWS=rows, COLUMNS=_BELOW_COLUMNS, FILLS=not only_border,
         HAS_PTX=wide.is_cuda, enable_fp_fusion=False, num_warps=_WARPS,
     )  # fmt: skip
     return wide
