@@ -198,11 +198,10 @@ def _table(name: str, quant_type: str, device: torch.device) -> torch.Tensor:
 @functools.cache
 def _thresholds(quant_type: str, device: torch.device) -> torch.Tensor:
     """Return the thresholds as a table of 32 on the device: none is below 0, none above 14."""
-    table = torch.nn.functional.pad(
-        _table("thresholds", quant_type, device), (0, 17), value=torch.inf
-    )
+    table = torch.full((32,), torch.inf, device="cpu")
+    table[:15] = codebooks.thresholds(quant_type, "cuda")
     table[-1] = -torch.inf  # index -1
-    return table
+    return table.to(device)  # whole before any stream reads it
 
 
 @functools.cache
