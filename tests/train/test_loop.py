@@ -9,6 +9,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoTokenizer
 
 from halfbyte.data.config import DataConfig
+from halfbyte.data.loader import BatchPlan
 from halfbyte.errors import CheckpointError, ConfigError, DataError, TrainingError
 from halfbyte.train import metrics as metrics_module
 from halfbyte.train.config import TrainConfig
@@ -278,6 +279,28 @@ def test_nan_stops_the_run_and_poisons_nothing(make_lora, tokenizer, rows_of, se
     assert [path.name for path in out.glob("checkpoint-*")] == ["checkpoint-2"]
     assert not (out / "adapter_model.safetensors").exists()
     assert isinstance(events[-1], TrainingStopped)
+
+
+def test_rows_lost_in_the_middle_end_the_run_in_their_own_step(
+    make_lora, tokenizer, rows_of, settings, tmp_path, monkeypatch
+):
+    """They are asked for while the step before is at work, which is finished and saved."""
+    load, events = BatchPlan.step, []
+
+    def lose(plan, epoch, index):
+        if index == 2:
+            raise DataError("row 7 is gone")
+        return load(plan, epoch, index)
+
+    monkeypatch.setattr(BatchPlan, "step", lose)
+    with pytest.raises(DataError, match="row 7 is gone"):
+        train(
+            make_lora(), tokenizer, rows_of(LENGTHS), settings(save_steps=1),
+            listeners=[events.append],
+        )  # fmt: skip
+    assert [event.step for event in events if isinstance(event, StepFinished)] == [1, 2]
+    assert kinds(events).count(TrainingStopped) == 1
+    assert (tmp_path / "out" / "checkpoint-2" / "manifest.json").exists()
 
 
 def test_directory_lost_in_the_middle_is_an_error(
