@@ -15,7 +15,9 @@ from torch import Tensor
 from halfbyte.kernels.decode_attention import Join
 
 _PROGRAMS = 256
-_BLOCK = 64
+# Tokens at a time, and the bytes of their keys: in flight they take half of the 99 KiB of shared
+# memory that a multiprocessor has on consumer cards, so wide heads take fewer tokens.
+_MAX_BLOCK, _MIN_BLOCK, _BLOCK_BYTES = 64, 16, 16384
 _MAX_PARTS = 64
 
 
@@ -104,13 +106,14 @@ def _join_kernel(
 def decode_attention_(qkv, cos, sin, positions, keys, values, scale) -> tuple[Tensor, Join]:
     B, M, L, D = keys.shape
     N = qkv.shape[1] // D - 2 * M
-    parts = max(1, min(_PROGRAMS // (B * M), triton.cdiv(L, _BLOCK), _MAX_PARTS))
+    block = max(min(_BLOCK_BYTES // (D * qkv.element_size()), _MAX_BLOCK), _MIN_BLOCK)
+    parts = max(1, min(_PROGRAMS // (B * M), triton.cdiv(L, block), _MAX_PARTS))
     partial = torch.empty(B, N, parts, D, dtype=torch.float32, device=qkv.device)
     largest, sums = torch.empty(2, B, N, parts, dtype=torch.float32, device=qkv.device)
     with torch.cuda.device_of(qkv):
         _attend_kernel[(parts, M, B)](
             qkv, cos, sin, positions, keys, values, partial, largest, sums, scale, L, parts,
-            N=N, M=M, D=D, BLOCK_G=max(triton.next_power_of_2(N // M), 16), BLOCK=_BLOCK,
+            N=N, M=M, D=D, BLOCK_G=max(triton.next_power_of_2(N // M), 16), BLOCK=block,
             num_warps=4,
         )  # fmt: skip
     return partial.view(B, -1), Join(largest, sums, qkv.dtype)

@@ -218,14 +218,19 @@ class Tile(NamedTuple):
     ahead: int = 256
 
 
-def tile_for(outputs: int) -> Tile:
-    """Return a tile of which there are a few programs for each multiprocessor."""
-    return Tile(rows=64) if outputs > 16384 else Tile(rows=16, parts=8)
+def tile_for(outputs: int, tokens: int) -> Tile:
+    """Return a tile of which there are a few programs for each multiprocessor.
+
+    What is in flight fits into 99 KiB of shared memory, which is what consumer cards have.
+    """
+    if outputs > 16384:
+        return Tile(rows=64)
+    return Tile(rows=16, parts=8, stages=4 if tokens <= 16 else 3)
 
 
 def several_tokens(x, group, before, residual) -> Tensor:
     """Return `y`, `[T, N]`: see `kernels.matvec_4bit`."""
-    tile = tile_for(sum(weight.shape[0] for weight in group.weights))
+    tile = tile_for(sum(weight.shape[0] for weight in group.weights), x.shape[0])
     return multiply(*prepare(x, group, before), group, residual, x.dtype, tile)
 
 
