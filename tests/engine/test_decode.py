@@ -96,6 +96,10 @@ def test_it_knows_when_the_model_is_another(model):
     assert not decoder.serves(model, batch=1, length=17)
     with model.disable_adapter():
         assert not decoder.serves(model, batch=1, length=8)
+    model.merge_adapter()
+    assert not decoder.serves(model, batch=1, length=8)
+    model.unmerge_adapter()
+    assert decoder.serves(model, batch=1, length=8)
     assert cache_fits(model, 1, 1 << 40)
 
 
@@ -112,3 +116,4 @@ def test_what_does_not_fit_is_named(model):
     assert "dynamic" in obstacle(stretched)
     odd = LlamaForCausalLM(LlamaConfig(**{**SIZES, "head_dim": 24}))
     assert "24" in obstacle(odd)
+    assert "512" in obstacle(LlamaForCausalLM(LlamaConfig(**{**SIZES, "head_dim": 512})))

@@ -5,6 +5,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config
 
+from halfbyte.engine import decode_step
 from halfbyte.engine.decode_step import DecodeStep
 from halfbyte.quant.linear import NF4Linear
 
@@ -87,6 +88,37 @@ def test_prompts_leave_the_keys_and_values_that_transformers_has():
             for ours, theirs in ((keys, layer.keys), (values, layer.values)):
                 kept = ours[row, :, : len(prompt)]
                 torch.testing.assert_close(kept, theirs[0], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("length", "at_once"), [(64, 16384), (19, 40), (19, 1)])
+def test_what_lies_behind_a_prompt_in_the_cache_is_never_seen(monkeypatch, length, at_once):
+    """Neither padding, at whatever width, nor how many prompts a layer takes at once, shows."""
+    monkeypatch.setattr(decode_step, "_TOKENS_AT_ONCE", at_once)
+    base = make("qwen2").get_base_model()
+    ids = torch.randint(0, 96, (3, 20))
+    lengths = [17, 1, 18]
+    with torch.no_grad():
+        expected = base(input_ids=ids).logits
+    step = DecodeStep(base.model, base.lm_head, batch=3, length=length)
+    step.refresh()
+    step.cache.fill_(torch.nan)
+    logits = step.prefill([row[:n].tolist() for row, n in zip(ids, lengths, strict=True)])
+    for row, n in enumerate(lengths):
+        assert not step.cache[:, :, row, :, :n].isnan().any()
+        step.cache[:, :, row, :, n:] = torch.nan
+    at, last = torch.arange(3), torch.tensor(lengths)
+    torch.testing.assert_close(logits, expected[at, last - 1], rtol=1e-4, atol=1e-4)
+    step.tokens.copy_(ids[at, last])
+    torch.testing.assert_close(step(), expected[at, last], rtol=1e-4, atol=1e-4)
+
+
+def test_a_prompt_may_fill_the_cache():
+    base = make().get_base_model()
+    prompt = torch.randint(0, 96, (1, 19))
+    step = DecodeStep(base.model, base.lm_head, batch=1, length=19)
+    with torch.no_grad():
+        expected = base(input_ids=prompt).logits[:, -1]
+    torch.testing.assert_close(step.prefill(prompt.tolist()), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_refresh_takes_the_adapters_as_they_are_now():

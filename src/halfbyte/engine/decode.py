@@ -48,7 +48,7 @@ def obstacle(model: nn.Module) -> str | None:
     if body.rotary_emb.rope_type not in _ROPES:
         return f"its rope_type is {body.rotary_emb.rope_type}"
     size = int(body.layers[0].self_attn.head_dim)
-    if size < 16 or size & (size - 1):
+    if not 16 <= size <= 256 or size & (size - 1):
         return f"its head size is {size}"
     devices = {tensor.device for tensor in model.parameters()}
     if len(devices) > 1:
@@ -209,7 +209,12 @@ def _signature(model: nn.Module) -> tuple[Any, ...]:
     places = tuple(tensor.data_ptr() for tensor in model.parameters())
     layers: list[Any] = [module for module in model.modules() if hasattr(module, "lora_A")]
     adapters = tuple(
-        (tuple(layer.active_adapters), layer.disable_adapters, tuple(layer.scaling.items()))
+        (
+            tuple(layer.active_adapters),
+            tuple(layer.merged_adapters),
+            layer.disable_adapters,
+            tuple(layer.scaling.items()),
+        )
         for layer in layers
     )
     return places, adapters

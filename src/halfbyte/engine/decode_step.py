@@ -29,6 +29,8 @@ from halfbyte.kernels.rms_norm import Norm
 _BACKENDS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 # Kernels are compiled once for lengths that are multiples of it, and again for others.
 _STEP_OF_LENGTH = 16
+# Of prompts that go through a layer at once: what the layer makes of them is not kept.
+_TOKENS_AT_ONCE = 16384
 
 
 @dataclass(frozen=True)
@@ -120,22 +122,28 @@ class DecodeStep:
     @torch.no_grad()
     def prefill(self, prompts: list[list[int]]) -> Tensor:
         """Fill the cache with B prompts and return the logits after each, `[B, V]`."""
-        device = self.tokens.device
         longest = max(map(len, prompts))
         width = min(-(-longest // _STEP_OF_LENGTH) * _STEP_OF_LENGTH, self.length)
+        count = max(_TOKENS_AT_ONCE // width, 1)
+        with sdpa_kernel(_BACKENDS, set_priority=True):
+            cuts = [slice(start, start + count) for start in range(0, self.batch, count)]
+            last = [self._prefill(prompts[cut], self.cache[:, :, cut], width) for cut in cuts]
+        self.positions.copy_(torch.tensor([len(prompt) for prompt in prompts]))
+        logits: Tensor = self.head(self.final(torch.cat(last)))
+        return logits
+
+    def _prefill(self, prompts: list[list[int]], caches: Tensor, width: int) -> Tensor:
+        """Fill the caches of b prompts and return the hidden states after each, `[b, H]`."""
+        device, batch = self.tokens.device, len(prompts)
         # Padding on the right: no token sees what comes after it, and the next ones overwrite it.
         padded = [[*prompt, *[0] * (width - len(prompt))] for prompt in prompts]
         x = self.body.embed_tokens(torch.tensor(padded, device=device)).flatten(0, 1)
-        angles = (self.cos[:width].repeat(self.batch, 1), self.sin[:width].repeat(self.batch, 1))
-        layout = Layout(self.batch, width, max_length=width)
-        with sdpa_kernel(_BACKENDS, set_priority=True):
-            for layer, cache in zip(self.layers, self.cache, strict=True):
-                x = _prefill_layer(layer.fused, x, angles, layout, cache)
-        lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
-        self.positions.copy_(lengths)
-        last = x.view(self.batch, width, -1)[torch.arange(self.batch, device=device), lengths - 1]
-        logits: Tensor = self.head(self.final(last))
-        return logits
+        angles = (self.cos[:width].repeat(batch, 1), self.sin[:width].repeat(batch, 1))
+        layout = Layout(batch, width, max_length=width)
+        for layer, cache in zip(self.layers, caches, strict=True):
+            x = _prefill_layer(layer.fused, x, angles, layout, cache)
+        lasts = [row * width + len(prompt) - 1 for row, prompt in enumerate(prompts)]
+        return x[torch.tensor(lasts, device=device)]
 
     @torch.no_grad()
     def __call__(self) -> Tensor:
