@@ -1,4 +1,6 @@
-"""A tiny random Llama with LoRA, and batches for it."""
+"""A tiny random Llama with LoRA, batches for it, and runs that are stopped and resumed."""
+
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +14,9 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from halfbyte.data.loader import Batch
 from halfbyte.engine.layer import FusedLayer
 from halfbyte.train import loss as loss_module
+from halfbyte.train.config import TrainConfig
+from halfbyte.train.events import StepFinished, StepSkipped
+from halfbyte.train.loop import train
 
 VOCAB = 97
 
@@ -137,3 +142,83 @@ def tokenizer():
     return PreTrainedTokenizerFast(
         tokenizer_object=backend, pad_token="<pad>", bos_token="<s>", eos_token="</s>"
     )
+
+
+class Killed(Exception):
+    """The process is gone, as far as the run can tell."""
+
+
+class Runs:
+    """Runs of one small model, each in a folder of its own, to be stopped and resumed."""
+
+    lengths = (5, 9, 12, 7, 20, 6, 8, 11, 4, 15, 5)
+    steps = 7  # an epoch has 3
+
+    def __init__(self, make_lora, tokenizer, rows_of, folder):
+        self.make_lora, self.tokenizer = make_lora, tokenizer
+        self.rows_of, self.folder = rows_of, folder
+
+    def __call__(
+        self, name, *, kill=None, model=None, data=None, lora=None, listeners=(), **settings
+    ):
+        """Run in this folder, killed at a step or not; return the directory."""
+        if model is None:
+            model = self.make_lora(num_hidden_layers=1, **(lora or {"lora_dropout": 0.2}))
+
+        def end(event):
+            if isinstance(event, StepFinished | StepSkipped) and event.step == kill:
+                raise Killed  # after the update, before the checkpoint of this step
+
+        data, eval_data = data or self.rows_of(self.lengths), settings.pop("eval_data", None)
+        config = TrainConfig(
+            **{
+                "output_dir": str(self.folder / name),
+                "max_steps": self.steps,
+                "per_device_train_batch_size": 2,
+                "gradient_accumulation_steps": 2,
+                "learning_rate": 1e-2,
+                "weight_decay": 0.1,
+                "save_steps": 1,
+                "disable_tqdm": True,
+                **settings,
+            }
+        )
+        try:
+            train(
+                model, self.tokenizer, data, config,
+                eval_data=eval_data, listeners=[*listeners, end],
+            )  # fmt: skip
+        except Killed:
+            pass
+        else:
+            assert kill is None
+        return self.folder / name
+
+    @staticmethod
+    def adapter(out):
+        """Return the bytes of the adapter that a finished run left."""
+        return (Path(out) / "adapter_model.safetensors").read_bytes()
+
+
+@pytest.fixture
+def run(make_lora, tokenizer, rows_of, tmp_path):
+    return Runs(make_lora, tokenizer, rows_of, tmp_path)
+
+
+@pytest.fixture(scope="session")
+def undisturbed():
+    """Adapters of whole runs, by their settings: several tests compare with the same one."""
+    return {}
+
+
+@pytest.fixture
+def whole(run, undisturbed):
+    """Return a function that returns the adapter of a run that nothing disturbed."""
+
+    def get(**options):
+        key = repr(sorted(options.items(), key=str))
+        if key not in undisturbed:
+            undisturbed[key] = run.adapter(run("whole", **options))
+        return undisturbed[key]
+
+    return get

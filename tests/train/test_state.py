@@ -1,169 +1,21 @@
-"""A run that is stopped and resumed ends with the same bits as one that was not."""
+"""What a checkpoint holds, what it refuses, and what damaged or refused ones leave of a run."""
 
 import contextlib
-import itertools
 import json
 import os
 import resource
-import shutil
 import signal
-import time
-from pathlib import Path
 
 import pytest
 import torch
 from datasets import Dataset
-from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from halfbyte.checkpoint.publish import write_manifest
-from halfbyte.data.config import DataConfig
 from halfbyte.data.loader import BatchPlan
 from halfbyte.errors import AdapterError, CheckpointError, ConfigError, TrainingError
 from halfbyte.train import state as state_module
-from halfbyte.train.config import TrainConfig
 from halfbyte.train.events import Notice, StepFinished, StepSkipped
-from halfbyte.train.loop import train
-from halfbyte.train.survive import Survivor
-
-LENGTHS = [5, 9, 12, 7, 20, 6, 8, 11, 4, 15, 5]
-STEPS = 7  # an epoch has 3
-
-
-class Killed(Exception):
-    """The process is gone, as far as the run can tell."""
-
-
-def settings(out, **changes):
-    defaults = {
-        "output_dir": str(out),
-        "max_steps": STEPS,
-        "per_device_train_batch_size": 2,
-        "gradient_accumulation_steps": 2,
-        "learning_rate": 1e-2,
-        "weight_decay": 0.1,
-        "save_steps": 1,
-        "disable_tqdm": True,
-    }
-    return TrainConfig(**{**defaults, **changes})
-
-
-def kill_at(step):
-    def listen(event):
-        if isinstance(event, StepFinished | StepSkipped) and event.step == step:
-            raise Killed  # after the update, before the checkpoint of this step
-
-    return listen
-
-
-def adapter(out):
-    return (Path(out) / "adapter_model.safetensors").read_bytes()
-
-
-@pytest.fixture
-def run(make_lora, tokenizer, rows_of, tmp_path):
-    """Run in `tmp_path/<name>`, killed at a step or not; returns the directory."""
-
-    def start(name, *, kill=None, data=None, lora=None, listeners=(), **changes):
-        out = tmp_path / name
-        model = make_lora(num_hidden_layers=1, **(lora or {"lora_dropout": 0.2}))
-        listeners = [*listeners, *([kill_at(kill)] if kill else [])]
-        config = settings(out, **changes)
-        try:
-            train(model, tokenizer, data or rows_of(LENGTHS), config, listeners=listeners)
-        except Killed:
-            assert kill
-        return out
-
-    return start
-
-
-@pytest.fixture(scope="module")
-def undisturbed():
-    """Adapters of whole runs, by their settings: several tests compare with the same one."""
-    return {}
-
-
-@pytest.fixture
-def whole(run, undisturbed):
-    def get(**options):
-        key = repr(sorted(options.items(), key=str))
-        if key not in undisturbed:
-            undisturbed[key] = adapter(run("whole", **options))
-        return undisturbed[key]
-
-    return get
-
-
-@pytest.mark.parametrize("kill", [2, 3, 4, 6, STEPS])
-def test_resumed_at_any_step_ends_with_the_same_bits(run, whole, kill):
-    expected = whole()
-    run("cut", kill=kill)
-    assert adapter(run("cut", resume_from_checkpoint="auto")) == expected
-
-
-@pytest.mark.parametrize("optim", ["paged_adamw_8bit", "adamw_32bit"])
-def test_resume_is_exact_with_other_optimizers(run, whole, optim):
-    expected = whole(optim=optim)
-    run("cut", kill=4, optim=optim)
-    assert adapter(run("cut", resume_from_checkpoint=True, optim=optim)) == expected
-
-
-def test_resume_is_exact_with_modules_trained_in_bf16(make_llama, tokenizer, rows_of, tmp_path):
-    def start(name, *listeners, **changes):
-        config = LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=["lm_head"])
-        base = make_llama().bfloat16()
-        torch.manual_seed(1)
-        model = get_peft_model(base, config)
-        config = settings(tmp_path / name, learning_rate=1e-4, **changes)
-        train(model, tokenizer, rows_of(LENGTHS), config, listeners=listeners)
-        return adapter(tmp_path / name)
-
-    expected = start("whole")
-    with pytest.raises(Killed):
-        start("cut", kill_at(4))
-    assert start("cut", resume_from_checkpoint="auto") == expected
-
-
-@pytest.mark.parametrize("packing", [False, True])
-def test_resume_is_exact_in_the_middle_of_an_epoch_of_text(run, tokenizer, tmp_path, packing):
-    path = tmp_path / "rows.jsonl"
-    texts = [{"text": f"{i} and " * (1 + i % 5)} for i in range(24)]
-    path.write_text("\n".join(map(json.dumps, texts)))
-    data = DataConfig(path=str(path), packing=packing, max_length=64)
-    options = {
-        "data": data,
-        "lora": {"lora_dropout": 0.1, "vocab_size": len(tokenizer)},
-        "save_steps": 2,
-    }
-    expected = adapter(run("whole", **options))
-    run("cut", kill=6, **options)
-    assert adapter(run("cut", resume_from_checkpoint="auto", **options)) == expected
-
-
-def test_metrics_are_those_of_one_run(run, tmp_path):
-    run("cut", kill=5, save_steps=2)
-    run("cut", resume_from_checkpoint="auto", save_steps=2)
-    lines = (tmp_path / "cut" / "metrics.jsonl").read_text().splitlines()
-    assert [json.loads(line)["step"] for line in lines] == list(range(1, STEPS + 1))
-
-
-def test_evaluating_in_between_changes_nothing(run, whole, rows_of, make_lora, tokenizer, tmp_path):
-    expected = whole()
-    config = settings(tmp_path / "with", eval_steps=1)
-    model = make_lora(lora_dropout=0.2, num_hidden_layers=1)
-    train(model, tokenizer, rows_of(LENGTHS), config, eval_data=rows_of([9, 3], seed=5))
-    assert adapter(tmp_path / "with") == expected
-
-
-def test_same_seed_same_bits_other_seed_others(run):
-    first, again, other = adapter(run("a")), adapter(run("b")), adapter(run("c", seed=1))
-    assert first == again
-    assert first != other
-
-
-def test_deterministic_run_is_the_same_twice(run):
-    assert adapter(run("a", deterministic=True)) == adapter(run("b", deterministic=True))
 
 
 def test_damaged_checkpoint_is_skipped_and_named(run, whole):
@@ -177,7 +29,7 @@ def test_damaged_checkpoint_is_skipped_and_named(run, whole):
     run("cut", resume_from_checkpoint="auto", listeners=[events.append])
     messages = [event.message for event in events if isinstance(event, Notice)]
     assert any("skipped checkpoint-4" in message and "checksum" in message for message in messages)
-    assert adapter(out) == expected
+    assert run.adapter(out) == expected
 
 
 def test_damaged_checkpoint_that_was_named_is_an_error(run):
@@ -212,7 +64,7 @@ def test_strange_neighbours_are_ignored(run, whole):
     (out / "checkpoint-10x").mkdir()
     (out / "checkpoint-99").write_text("a file")
     (out / ".checkpoint-5.0a1b2c3d.partial").mkdir()
-    assert adapter(run("cut", resume_from_checkpoint="auto")) == expected
+    assert run.adapter(run("cut", resume_from_checkpoint="auto")) == expected
     assert not (out / ".checkpoint-5.0a1b2c3d.partial").exists()
 
 
@@ -252,7 +104,7 @@ def test_changed_run_is_refused_with_the_difference(run, changes, difference):
 def test_changed_data_are_refused(run, rows_of):
     run("cut", kill=3)
     with pytest.raises(ConfigError, match=r"data.fingerprint was .* is .*data.rows was 11, is 12"):
-        run("cut", resume_from_checkpoint="auto", data=rows_of([*LENGTHS, 6]))
+        run("cut", resume_from_checkpoint="auto", data=rows_of([*run.lengths, 6]))
 
 
 def test_packer_that_orders_rows_otherwise_is_refused(run, monkeypatch):
@@ -269,12 +121,6 @@ def test_named_checkpoint_with_newer_ones_beside_it_is_refused(run):
         run("cut", resume_from_checkpoint=str(out / "checkpoint-2"))
 
 
-def test_named_checkpoint_elsewhere_starts_a_run_of_its_own(run, whole):
-    out = run("cut", kill=5)
-    branch = run("branch", resume_from_checkpoint=str(out / "checkpoint-2"))
-    assert adapter(branch) == whole()
-
-
 def test_checkpoint_says_what_it_holds(run):
     state = json.loads((run("cut", kill=5) / "checkpoint-4" / "state.json").read_text())
     assert state["next_batch"] == {"epoch": 1, "step": 1}
@@ -283,42 +129,12 @@ def test_checkpoint_says_what_it_holds(run):
     assert state["identity"]["data"]["fingerprint"]
 
 
-def test_micro_steps_that_memory_made_shorter_stay_so(run, monkeypatch):
-    """Cut otherwise, the sums of the resumed run would round otherwise."""
-    seen = []
-    step = Survivor.step
-
-    def spy(survivor, batches, **options):
-        if options["step"] == 2:
-            survivor.max_tokens = 30  # as if memory had run out here
-        seen.append((options["step"], survivor.max_tokens))
-        return step(survivor, batches, **options)
-
-    monkeypatch.setattr(Survivor, "step", spy)
-    expected = adapter(run("whole"))
-    run("cut", kill=6)
-    seen.clear()
-    assert adapter(run("cut", resume_from_checkpoint="auto")) == expected
-    assert seen == [(5, 30), (6, 30)]
-
-
 def test_damaged_generators_are_an_error(run):
     folder = run("cut", kill=3) / "checkpoint-2"
     (folder / "rng.json").write_text('{"python": 3}')
     write_manifest(folder)
     with pytest.raises(CheckpointError, match=r"rng\.json cannot be read"):
         run("cut", resume_from_checkpoint=str(folder))
-
-
-def test_case_81_clock_that_jumps_changes_nothing(run, whole, monkeypatch):
-    expected = whole()
-    clock = itertools.cycle([2e9, 0.0, 1e9])
-    monkeypatch.setattr(time, "time", lambda: next(clock))
-    run("cut", kill=5)
-    out = run("cut", resume_from_checkpoint="auto")
-    assert adapter(out) == expected
-    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    assert all(line["seconds"] > 0 for line in lines)
 
 
 def test_change_can_be_allowed_and_is_noted(run):
@@ -333,44 +149,6 @@ def test_change_can_be_allowed_and_is_noted(run):
     )
     messages = [event.message for event in events if isinstance(event, Notice)]
     assert "resumed with a change: settings.learning_rate was 0.01, is 0.02" in messages
-
-
-def test_settings_that_teach_nothing_may_change(run, whole):
-    expected = whole()
-    run("cut", kill=4)
-    changed = {"logging_steps": 3, "save_steps": 3, "save_total_limit": 1}
-    assert adapter(run("cut", resume_from_checkpoint="auto", **changed)) == expected
-
-
-def test_finished_run_resumes_to_itself(run):
-    out = run("whole")
-    before = adapter(out)
-    events = []
-    run("whole", resume_from_checkpoint="auto", listeners=[events.append])
-    assert adapter(out) == before
-    assert events == []
-
-
-def test_finished_run_gives_its_adapter_to_a_model_that_resumes(
-    make_lora, tokenizer, rows_of, tmp_path
-):
-    trained = make_lora()
-    train(trained, tokenizer, rows_of(LENGTHS), settings(tmp_path / "out"))
-    fresh = make_lora()
-    resume = settings(tmp_path / "out", resume_from_checkpoint="auto")
-    train(fresh, tokenizer, rows_of(LENGTHS), resume)
-    ours = dict(fresh.named_parameters())
-    assert all(torch.equal(ours[name], p) for name, p in trained.named_parameters())
-
-
-def test_nothing_to_resume_starts_from_the_beginning(run, whole):
-    expected = whole()
-    events = []
-    out = run("fresh", resume_from_checkpoint="auto", listeners=[events.append])
-    assert adapter(out) == expected
-    assert any(
-        isinstance(event, Notice) and "nothing to resume" in event.message for event in events
-    )
 
 
 def test_stopped_run_is_not_silently_started_again(run):
@@ -425,7 +203,7 @@ def test_case_71_disk_full_for_a_while_is_told_and_tried_again(run, whole, monke
     expected = whole()
     monkeypatch.setattr(state_module, "save_file", full)
     out = run("cut", listeners=[events.append])
-    assert adapter(out) == expected
+    assert run.adapter(out) == expected
     assert checkpoints_in(out) == [f"checkpoint-{step}" for step in (1, 2, 5, 6, 7)]
     failures = [text for text in notices_in(events) if "No space left" in text]
     assert len(failures) == 2
@@ -465,10 +243,10 @@ def test_case_71_files_that_may_not_grow_keep_the_checkpoint_before(run, whole, 
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert checkpoints_in(out) == ["checkpoint-1", "checkpoint-2"]
-    assert adapter(run("cut", resume_from_checkpoint="auto")) == expected
+    assert run.adapter(run("cut", resume_from_checkpoint="auto")) == expected
 
 
-def test_case_83_a_poisoned_adapter_is_never_published(make_lora, tokenizer, rows_of, tmp_path):
+def test_case_83_a_poisoned_adapter_is_never_published(run, make_lora, tmp_path):
     """What the writing thread finds wrong ends the run."""
     model = make_lora()
     parameter = next(p for p in model.parameters() if p.requires_grad)
@@ -478,7 +256,7 @@ def test_case_83_a_poisoned_adapter_is_never_published(make_lora, tokenizer, row
             parameter.data[0, 0] = float("inf")
 
     with pytest.raises((AdapterError, TrainingError)):
-        train(model, tokenizer, rows_of(LENGTHS), settings(tmp_path / "out"), listeners=[poison])
+        run("out", model=model, listeners=[poison])
     assert checkpoints_in(tmp_path / "out") == ["checkpoint-1", "checkpoint-2"]
 
 
@@ -492,17 +270,16 @@ def poisoned_base(make_llama):
 
 @pytest.mark.parametrize("kill", [None, 2, 4, 5])
 def test_case_61_skipped_steps_are_counted_and_resume_to_the_same_bits(
-    kill, make_llama, make_lora, tokenizer, tmp_path, undisturbed
+    kill, run, make_llama, make_lora, undisturbed
 ):
     rows = [[3 + (i * j) % 40 for j in range(6 + i % 3)] for i in range(14)]
     rows[5][3] = 96
     data = Dataset.from_dict({"input_ids": rows, "labels": rows})
-    out = tmp_path / "out"
 
-    def start(*listeners, **changes):
+    def start(**options):
         model = make_lora(lora_dropout=0.2, base=poisoned_base(make_llama))
-        config = settings(out, max_skipped_steps=2, **changes)
-        train(model, tokenizer, data, config, listeners=listeners)
+        options |= {"model": model, "data": data, "listeners": [listen], "max_skipped_steps": 2}
+        return run("out", **options)
 
     skipped = []
 
@@ -512,16 +289,13 @@ def test_case_61_skipped_steps_are_counted_and_resume_to_the_same_bits(
             assert 5 in event.rows
             assert "row" in event.reason
 
+    out = start(kill=kill)
     if kill:
-        with pytest.raises(Killed):
-            start(listen, kill_at(kill))
-        start(listen, resume_from_checkpoint="auto")
-    else:
-        start(listen)
+        start(resume_from_checkpoint="auto")
     assert {step for step, _ in skipped} == {2, 5}  # the row comes once in an epoch of 4 steps
     assert skipped[-1] == (5, 2)
     key = "skipped"
-    assert adapter(out) == undisturbed.setdefault(key, adapter(out))
+    assert run.adapter(out) == undisturbed.setdefault(key, run.adapter(out))
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert [(line["step"], line["event"]) for line in lines if line["step"] in (2, 5)] == [
         (2, "skipped_step"),
@@ -529,19 +303,9 @@ def test_case_61_skipped_steps_are_counted_and_resume_to_the_same_bits(
     ]
 
 
-def test_case_61_more_skipped_steps_than_allowed_end_the_run(
-    make_llama, make_lora, tokenizer, tmp_path
-):
+def test_case_61_more_skipped_steps_than_allowed_end_the_run(run, make_llama, make_lora):
     rows = [[3, 4, 5, 96 if i in (2, 9) else 6] for i in range(12)]
     data = Dataset.from_dict({"input_ids": rows, "labels": rows})
     model = make_lora(base=poisoned_base(make_llama))
-    config = settings(tmp_path / "out", max_skipped_steps=1, gradient_accumulation_steps=1)
     with pytest.raises(TrainingError, match=r"row.* (3|10)\b.* of the data; nothing was updated"):
-        train(model, tokenizer, data, config)
-
-
-def test_moved_run_resumes(run, whole, tmp_path):
-    expected = whole()
-    run("cut", kill=4)
-    shutil.move(tmp_path / "cut", tmp_path / "räum lich")
-    assert adapter(run("räum lich", resume_from_checkpoint="auto")) == expected
+        run("out", model=model, data=data, max_skipped_steps=1, gradient_accumulation_steps=1)
