@@ -25,17 +25,12 @@ _BLOCK = 1024
 _PRODUCT_TILE = (32, 128, 4, 3)
 # With dropout and few tokens: at 2,048 tokens 82 us instead of 95.
 _PRODUCT_TILE_OF_FEW = (16, 128, 4, 3)
-# Programs of the backward: about sixteen for each of the 132 multiprocessors of an H100.
-_PROGRAMS = 2048
-# Tokens that a split has at least, whatever the tile: the plan of memory counts the splits.
-_LEAST_OF_SPLIT = 128
-# (columns, tokens, warps) of a tile of the backward; [with dropout, without]. They took 569 and
-# 538 us at 8,192 tokens of Llama 8B on an H100, half or twice as many columns 590 to 800.
-_TILES = {True: (64, 32, 8), False: (64, 32, 4)}
+# (tokens, warps) of a tile of the backward; [with dropout, without]. They took 569 and 538 us at
+# 8,192 tokens of Llama 8B on an H100.
+_TILES = {True: (32, 8), False: (32, 4)}
 # With dropout and few tokens: at 2,048 tokens 166 us instead of 185.
-_TILE_OF_FEW = (64, 16, 4)
-# Accumulators of larger ranks would not fit into registers with as many columns.
-_LARGE_RANKS, _TILE_OF_LARGE_RANKS = 64, (32, 32, 4)
+_TILE_OF_FEW = (16, 4)
+_TILE_OF_LARGE_RANKS = (32, 4)
 
 
 @triton.jit
@@ -248,9 +243,9 @@ def gated_product(
     return out, add_splits(partial, out[:, size:], mask, scaling)
 
 
-def _backward_tile(tokens: int, ranks: int, *, drops: bool) -> tuple[int, int, int]:
-    """Return columns, tokens and warps of a tile of the backward."""
-    if ranks > _LARGE_RANKS:
+def _backward_tile(tokens: int, ranks: int, *, drops: bool) -> tuple[int, int]:
+    """Return tokens and warps of a tile of the backward."""
+    if ranks > gated.LARGE_RANKS:
         return _TILE_OF_LARGE_RANKS
     return _TILE_OF_FEW if drops and tokens <= FEW_TOKENS else _TILES[drops]
 
@@ -267,9 +262,10 @@ def gated_backward_(
 ) -> tuple[Tensor, Tensor, Tensor]:
     T = gate_up.shape[0]
     RG, RU, R2 = (t.shape[1] for t in (*xas, down_gb))
-    block_i, block_t, warps = _backward_tile(T, max(RG, RU, R2), drops=mask is not None)
+    ranks = max(RG, RU, R2)
+    block_t, warps = _backward_tile(T, ranks, drops=mask is not None)
+    block_i, splits = gated.backward_columns(ranks), gated.backward_splits(T, size, ranks)
     column_blocks = triton.cdiv(size, block_i)
-    splits = max(1, min(triton.cdiv(_PROGRAMS, column_blocks), triton.cdiv(T, _LEAST_OF_SPLIT)))
     tokens = triton.cdiv(triton.cdiv(T, splits), block_t) * block_t
     new = torch.empty if T else torch.zeros
     partial = new(splits, size * (RG + RU + R2), dtype=torch.float32, device=gate_up.device)

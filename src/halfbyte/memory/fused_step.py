@@ -12,6 +12,7 @@ I intermediate size, R LoRA ranks of siblings together, V vocabulary.
 import contextlib
 from collections.abc import Iterator, Sequence
 
+from halfbyte.kernels.gated import backward_splits
 from halfbyte.memory.fused_shape import FusedShape, Group
 from halfbyte.memory.ledger import Ledger
 
@@ -22,9 +23,6 @@ WEIGHTS = "dequantize workspace"
 ADAPTER_GRADS = "gradients of one layer's adapters"
 LOGITS = "logits"
 GRAPHS = "recorded graphs"
-# Launch shape of `kernels/gated_triton.py`: programs wanted, columns and tokens of a tile.
-_PROGRAMS, _TILE_COLUMNS, _TILE_TOKENS = 2048, 64, 32
-_LARGE_RANK = 64
 
 
 class FusedStep:
@@ -346,11 +344,8 @@ class FusedStep:
         """Return the float32 sums over tokens that `gated_backward_` makes, gate and up apart."""
         shape = self.shape
         columns = shape.gate_up.rank + shape.down.rank
-        is_large = max(shape.gate_up.rank // 2, shape.down.rank) > _LARGE_RANK
-        blocks = -(-shape.intermediate // (_TILE_COLUMNS // 2 if is_large else _TILE_COLUMNS))
-        splits = max(
-            1, min(-(-_PROGRAMS // blocks), -(-self.tokens // (4 * _TILE_TOKENS)))
-        )  # fmt: skip
+        ranks = max(shape.gate_up.rank // 2, shape.down.rank)
+        splits = backward_splits(self.tokens, shape.intermediate, ranks)
         whole = 4 * shape.intermediate * columns
         return [splits * whole, whole if splits > 1 else 0]
 
