@@ -101,6 +101,20 @@ def test_hidden_states_and_all_gradients_equal_transformers(kind, memory):
     assert max(_error(again[name], grads[name]) for name in grads) < 1e-4
 
 
+def test_layers_need_not_have_the_same_ranks():
+    """A gradient leaves with room for the ranks of its own layer; the one below may have others."""
+    ranks = {"layers.1.mlp.down_proj": 9, "layers.2.self_attn.o_proj": 17}
+    model = _model(rank_pattern=ranks)
+    body = model.get_base_model().model
+    ids, weight = torch.randint(0, 96, (1, 11)), torch.randn(1, 11, 128)
+    grads = _gradients(model, body(input_ids=ids, use_cache=False)[0], weight)
+    fused = FusedBody(body)
+    assert [layer.into.room for layer in fused.layers] == [8, 16, 8]
+    again = _gradients(model, fused(ids)[0], weight)
+    assert again.keys() == grads.keys()
+    assert max(_error(again[name], grads[name]) for name in grads) < 1e-4
+
+
 def test_bf16_error_is_within_twice_that_of_transformers():
     model = _model()
     body = model.get_base_model().model

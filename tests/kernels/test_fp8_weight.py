@@ -73,8 +73,10 @@ def test_rows_of_zeros_have_a_scale_that_leaves_lora_room():
 @pytest.mark.parametrize("magnitude", [1.0, 1e-4, 0.0])
 @pytest.mark.parametrize(("outputs", "inputs", "ranks"), CASES)
 def test_factors_are_those_of_all_parts(
-    outputs, inputs, ranks, magnitude, triton_device, half_dtype
+    outputs, inputs, ranks, magnitude, triton_device, half_dtype, monkeypatch
 ):
+    if magnitude == 1:  # as with large ranks: few rows of B a program
+        monkeypatch.setattr("halfbyte.kernels.wide_triton._RIGHT_ELEMENTS", 256)
     parts = _parts(outputs, inputs, ranks, triton_device)
     for part, rank in zip(parts, ranks, strict=True):
         if rank:

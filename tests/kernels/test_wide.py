@@ -36,7 +36,7 @@ CASES = [
     ((33, 70), 128, (4, 4)),
     ((70, 10, 129), 192, (4, 0, 16)),
     ((5, 3), 96, (1, 2)),
-    ((64, 64, 64), 1088, (8, 8, 8)),
+    ((40, 9, 3), 1088, (3, 0, 2)),
 ]
 
 
@@ -64,6 +64,27 @@ def test_every_part_is_where_it_belongs(
         assert torch.equal(matrix[:N], expected[:N])
         assert torch.equal(matrix[:, :inputs], expected[:, :inputs])
         assert matrix[N:, inputs:].isnan().all()
+
+
+def test_large_ranks_are_written_in_fewer_rows_a_program(triton_device, half_dtype, monkeypatch):
+    twin = pytest.importorskip("halfbyte.kernels.wide_triton")
+    assert [twin.right_rows(width) for width in (16, 64, 256, 1024, 8192)] == [64, 64, 16, 4, 1]
+    monkeypatch.setattr(twin, "_RIGHT_ELEMENTS", 64)
+    parts = _parts((33, 10), 64, (4, 3), triton_device, half_dtype)
+    matrix = torch.full((43 + 8, 64 + 8), float("nan"), device=triton_device, dtype=half_dtype)
+    expected = wide.assemble_.__wrapped__(matrix.clone(), parts)
+    assert torch.equal(twin.assemble_(matrix, parts)[:43], expected[:43])
+    assert torch.equal(matrix[43:, :64], expected[43:, :64])
+
+
+@pytest.mark.parametrize(("block_size", "inputs"), [(32, 96), (512, 1536), (4096, 4096)])
+def test_blocks_of_other_sizes(block_size, inputs, triton_device, half_dtype):
+    twin = pytest.importorskip("halfbyte.kernels.wide_triton")
+    settings = {"block_size": block_size, "quant_type": "nf4" if block_size > 32 else "fp4"}
+    parts = _parts((1, 2), inputs, (0, 0), triton_device, half_dtype, **settings)
+    matrix = torch.full((3, inputs), float("nan"), device=triton_device, dtype=half_dtype)
+    twin.assemble_(matrix, parts)
+    assert torch.equal(matrix, torch.cat([part.weight.dequantize() for part in parts]))
 
 
 def test_dense_weights_are_taken_as_they_are():
