@@ -61,16 +61,18 @@ class Decoding:
         if model.device.type != "cuda" and not self.anywhere:
             return None
         length = max(map(len, prompts)) + sampling.max_new_tokens
-        decoder = self._decoder_for(model, len(prompts), length)
-        if decoder is None:
-            return None
-        return decoder.generate(
-            prompts,
-            max_new_tokens=sampling.max_new_tokens,
-            stop=stop,
-            choose=chooser(sampling),
-            on_token=on_token,
-        )
+        # Graphs are recorded, and kernels launched, on the current device.
+        with torch.cuda.device_of(next(model.parameters())):
+            decoder = self._decoder_for(model, len(prompts), length)
+            if decoder is None:
+                return None
+            return decoder.generate(
+                prompts,
+                max_new_tokens=sampling.max_new_tokens,
+                stop=stop,
+                choose=chooser(sampling),
+                on_token=on_token,
+            )
 
     def _decoder_for(self, model: PreTrainedModel, batch: int, length: int) -> Decoder | None:
         decoder = self._decoder
