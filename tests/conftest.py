@@ -42,6 +42,14 @@ def half_dtype() -> torch.dtype:
     return torch.bfloat16 if torch.cuda.is_available() else torch.float16
 
 
+@pytest.fixture
+def poisoned():
+    """New tensors start as NaN: an element that is never written shows."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n"
     "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"

@@ -7,13 +7,15 @@ from torch.nn import functional as F
 from halfbyte.kernels.decode_attention import Join, decode_attention_, join
 from halfbyte.kernels.rope import rope_
 
+pytestmark = pytest.mark.usefixtures("poisoned")
+
 
 def _implementations():
     twin = pytest.importorskip("halfbyte.kernels.decode_attention_triton")
     return decode_attention_.__wrapped__, twin.decode_attention_, twin.join
 
 
-@pytest.mark.parametrize(("N", "M", "D"), [(4, 2, 16), (3, 1, 32)])
+@pytest.mark.parametrize(("N", "M", "D"), [(4, 2, 16), (3, 1, 32), (1, 1, 256)])
 def test_it_is_the_last_row_of_causal_attention(N, M, D, triton_device, half_dtype):
     torch.manual_seed(0)
     lengths, L = [1, 65, 130], 130

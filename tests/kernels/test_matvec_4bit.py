@@ -9,6 +9,8 @@ from halfbyte.kernels.matvec_4bit_parts import Gate, Group, before_product
 from halfbyte.kernels.rms_norm import Norm
 from halfbyte.quant.weight import QuantizedWeight
 
+pytestmark = pytest.mark.usefixtures("poisoned")
+
 # Outputs of the siblings, K, rank, what stands before: odd rows; a part of a step, one and a part;
 # `x A^T` in two parts.
 CASES = [
@@ -18,14 +20,6 @@ CASES = [
     ((4, 3, 5), 1088, 4, "norm"),
     ((2,), 4160, 2, "silu"),
 ]
-
-
-@pytest.fixture(autouse=True)
-def poisoned():
-    """New tensors start as NaN: an element that is never written shows."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 def _group(outputs, K, rank, device, dtype, *, bias=True, **settings):

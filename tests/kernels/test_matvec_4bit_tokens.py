@@ -8,6 +8,8 @@ from halfbyte.kernels.matvec_4bit_parts import Group
 from halfbyte.kernels.matvec_4bit_tokens import several_tokens
 from halfbyte.quant.weight import QuantizedWeight
 
+pytestmark = pytest.mark.usefixtures("poisoned")
+
 
 def _case(device):
     torch.manual_seed(0)
