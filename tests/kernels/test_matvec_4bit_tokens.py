@@ -33,6 +33,19 @@ def test_tokens_of_any_size_are_scaled_each_by_its_own(triton_device):
         assert (y[row] - exact[row]).norm() < 2e-3 * exact[row].norm()
 
 
+def test_more_tokens_than_a_tile_takes(monkeypatch, triton_device):
+    twin = pytest.importorskip("halfbyte.kernels.matvec_4bit_tokens_triton")
+    monkeypatch.setattr(twin, "_MAX_TOKENS_A_TILE", 8)
+    torch.manual_seed(0)
+    weight = QuantizedWeight.quantize(torch.randn(18, 64, device=triton_device))
+    adapter = torch.randn(3, 64), torch.randn(18, 3), torch.randn(18)
+    group = Group((weight,), *(t.to(triton_device) for t in adapter))
+    x, residual = (torch.randn(9, n, device=triton_device) for n in (64, 18))
+    expected = several_tokens(x, group, None, residual)
+    ours = twin.several_tokens(x, group, None, residual)
+    assert (ours - expected).norm() < 2e-3 * expected.norm()
+
+
 def test_float32_stays_float32_without_a_gpu():
     x, group, exact = _case("cpu")
     for y in (several_tokens(x, group, None, None), matvec_4bit(x, group)):
