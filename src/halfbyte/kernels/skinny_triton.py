@@ -173,6 +173,8 @@ def rank_product_(
         scaled = [rank_product_(o, x, f, mask=mask, scaling=scaling) for o, f in parts]
         return out if scaling is None else torch.cat(scaled, 1)
     block_t, block_k, warps, stages = _PRODUCT_TILES[mask is not None]
+    if x.element_size() > 2:
+        stages = 2  # of shared memory an RTX 4090 has 99 KiB a program
     programs = _PROGRAMS_OF_FEW if T <= FEW_TOKENS else _PROGRAMS
     splits, each = splits_of(triton.cdiv(K, block_k), triton.cdiv(T, block_t), programs)
     partial = torch.empty(splits, T, R, dtype=torch.float32, device=x.device)
