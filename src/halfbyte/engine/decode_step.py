@@ -29,8 +29,9 @@ from halfbyte.kernels.rms_norm import Norm
 _BACKENDS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 # Kernels are compiled once for lengths that are multiples of it, and again for others.
 _STEP_OF_LENGTH = 16
-# Of prompts that go through a layer at once: what the layer makes of them is not kept.
-_TOKENS_AT_ONCE = 16384
+# Of prompts that go through a layer at once: what it makes of them on its way is a gigabyte for
+# Llama 8B, however many prompts there are.
+_TOKENS_AT_ONCE = 8192
 
 
 @dataclass(frozen=True)

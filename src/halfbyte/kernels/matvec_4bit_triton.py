@@ -34,6 +34,8 @@ _LANES = 32
 # each other's waiting (25 fit on a multiprocessor, or 16).
 _MANY_OUTPUTS = 8192
 _FEW_ROWS, _MANY_ROWS = (2, 80), (4, 128)
+# Of the first launch: programs of a part at least, inputs of a part at most, and these times the
+# parts of attention that are joined there.
 _PREPARE_PROGRAMS, _MAX_BLOCK, _MAX_JOINED = 16, 4096, 8192
 
 
@@ -134,7 +136,8 @@ def _prepare_kernel(
     """Program (p, q) makes element p of part q of `f(x) A^T`, and SHARE elements of f(x) there.
 
     What is written is float32, scaled, and by planes: element 8 w + i is at `i K / 8 + w`, so that
-    the eight elements that meet a word of codes are eight loads of neighbouring lanes.
+    the eight elements that meet a word of codes are eight loads of neighbouring lanes. For a join
+    x are sums of values, `norm` the largest scores and `sums` theirs.
     """
     pid, start = tl.program_id(0), tl.program_id(1) * BLOCK
     at = start + tl.arange(0, BLOCK)
