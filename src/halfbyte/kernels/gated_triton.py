@@ -230,6 +230,11 @@ def gated_product(
         )
     is_few = mask is not None and T <= FEW_TOKENS
     block_t, block_k, warps, stages = _PRODUCT_TILE_OF_FEW if is_few else _PRODUCT_TILE
+    # Consumer cards have 99 KiB of shared memory a program, and a stage holds gate, up and A.
+    if gate_up.element_size() > 2:
+        stages = 1
+    elif block_ranks(R) > 64:
+        stages = 2
     out = torch.empty(T, size + R, dtype=gate_up.dtype, device=gate_up.device)
     splits, each = splits_of(triton.cdiv(size, block_k), triton.cdiv(T, block_t))
     partial = torch.empty(splits, T, R, dtype=torch.float32, device=gate_up.device)
