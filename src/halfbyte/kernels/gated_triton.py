@@ -235,8 +235,6 @@ def gated_product(
         stages = 1
     elif block_ranks(R) > 64:
         stages = 2
-    # Of shared memory an RTX 4090 has 99 KiB a program.
-    stages -= (R > _LARGE_RANKS) + (gate_up.element_size() > 2)
     out = torch.empty(T, size + R, dtype=gate_up.dtype, device=gate_up.device)
     splits, each = splits_of(triton.cdiv(size, block_k), triton.cdiv(T, block_t))
     partial = torch.empty(splits, T, R, dtype=torch.float32, device=gate_up.device)
