@@ -39,3 +39,24 @@ def test_a_twin_may_lack_the_function(kernel):
 
 def test_the_reference_stays_within_reach_of_tests(kernel):
     assert accelerated(kernel).__wrapped__ is kernel
+
+
+def test_a_gpu_that_is_not_the_current_one_is_entered(kernel, monkeypatch):
+    entered = []
+
+    class Device:
+        def __init__(self, device):
+            self.device = device
+
+        def __enter__(self):
+            entered.append(self.device)
+
+        def __exit__(self, *_):
+            entered.append("left")
+
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "device", Device)
+    call = accelerated(kernel)
+    for index in (0, 1):
+        call(types.SimpleNamespace(device=torch.device("cuda", index)))
+    assert entered == [torch.device("cuda", 1), "left"]

@@ -11,6 +11,8 @@ import importlib.util
 from collections.abc import Callable
 from typing import Any, ParamSpec, TypeVar, cast
 
+import torch
+
 P = ParamSpec("P")
 R = TypeVar("R")
 _TWINS = {"cuda": "_triton", "cpu": "_cpu"}
@@ -26,12 +28,17 @@ def implementation(reference: Callable[P, R], device_type: str) -> Callable[P, R
 
 
 def accelerated(reference: Callable[P, R]) -> Callable[P, R]:
-    """Call the fastest implementation there is for the device of the first argument."""
+    """Call the fastest implementation there is for the device of the first argument, on it."""
     find = functools.cache(functools.partial(implementation, reference))
 
     @functools.wraps(reference)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
         first: Any = args[0]
-        return find(first.device.type)(*args, **kwargs)
+        device: torch.device = first.device
+        twin = find(device.type)
+        if device.type != "cuda" or device.index == torch.cuda.current_device():
+            return twin(*args, **kwargs)
+        with torch.cuda.device(device):  # Triton launches on the current one
+            return twin(*args, **kwargs)
 
     return call

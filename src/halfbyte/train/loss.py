@@ -172,7 +172,9 @@ class LanguageModel:
         """
         if isinstance(self.body, FusedBody) and self.head is not None:
             packed = packed or pack(batches).to(self.head.linear.weight.device)
-            return self._packed_loss(self.body, self.head, packed, first_token)
+            # CUDA graphs are recorded on the current device, which may be another.
+            with torch.cuda.device_of(self.head.linear.weight):
+                return self._packed_loss(self.body, self.head, packed, first_token)
         (batch,) = batches
         inputs = _inputs(batch, self.model.get_input_embeddings().weight.device)  # type: ignore[operator]
         labels = F.pad(batch.labels, (0, 1), value=IGNORE_INDEX)[:, 1:].reshape(
