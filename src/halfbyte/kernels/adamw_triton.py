@@ -109,11 +109,10 @@ def adamw_step_(
 ):
     settings = _settings(step, lr, beta1, beta2, eps, weight_decay, grad_scale)
     scale = grad_scale if settings["SCALE_IS_TENSOR"] else param
-    with torch.cuda.device_of(param):
-        _adamw_kernel[(triton.cdiv(param.numel(), _SIZE),)](
-            param, grad.contiguous(), exp_avg, exp_avg_sq, scale, param.numel(),
-            SIZE=_SIZE, **settings,
-        )  # fmt: skip
+    _adamw_kernel[(triton.cdiv(param.numel(), _SIZE),)](
+        param, grad.contiguous(), exp_avg, exp_avg_sq, scale, param.numel(),
+        SIZE=_SIZE, **settings,
+    )  # fmt: skip
 
 
 def adamw8bit_step_(
@@ -135,20 +134,19 @@ def adamw8bit_step_(
     settings = _settings(step, lr, beta1, beta2, eps, weight_decay, grad_scale)
     scale = grad_scale if settings["SCALE_IS_TENSOR"] else param
     device = param.device
-    with torch.cuda.device_of(param):
-        _adamw8bit_kernel[(triton.cdiv(param.numel(), 256 * _BLOCKS_AT_ONCE),)](
-            param,
-            grad.contiguous(),
-            exp_avg,
-            exp_avg_sq,
-            absmax1,
-            absmax2,
-            dynamic_table("dynamic_map", device, is_signed=True),
-            dynamic_table("dynamic_map", device, is_signed=False),
-            dynamic_table("dynamic_thresholds", device, is_signed=True),
-            dynamic_table("dynamic_thresholds", device, is_signed=False),
-            scale,
-            param.numel(),
-            BLOCKS=_BLOCKS_AT_ONCE,
-            **settings,
-        )
+    _adamw8bit_kernel[(triton.cdiv(param.numel(), 256 * _BLOCKS_AT_ONCE),)](
+        param,
+        grad.contiguous(),
+        exp_avg,
+        exp_avg_sq,
+        absmax1,
+        absmax2,
+        dynamic_table("dynamic_map", device, is_signed=True),
+        dynamic_table("dynamic_map", device, is_signed=False),
+        dynamic_table("dynamic_thresholds", device, is_signed=True),
+        dynamic_table("dynamic_thresholds", device, is_signed=False),
+        scale,
+        param.numel(),
+        BLOCKS=_BLOCKS_AT_ONCE,
+        **settings,
+    )

@@ -110,12 +110,11 @@ def decode_attention_(qkv, cos, sin, positions, keys, values, scale) -> tuple[Te
     parts = max(1, min(_PROGRAMS // (B * M), triton.cdiv(L, block), _MAX_PARTS))
     partial = torch.empty(B, N, parts, D, dtype=torch.float32, device=qkv.device)
     largest, sums = torch.empty(2, B, N, parts, dtype=torch.float32, device=qkv.device)
-    with torch.cuda.device_of(qkv):
-        _attend_kernel[(parts, M, B)](
-            qkv, cos, sin, positions, keys, values, partial, largest, sums, scale, L, parts,
-            N=N, M=M, D=D, BLOCK_G=max(triton.next_power_of_2(N // M), 16), BLOCK=block,
-            num_warps=4,
-        )  # fmt: skip
+    _attend_kernel[(parts, M, B)](
+        qkv, cos, sin, positions, keys, values, partial, largest, sums, scale, L, parts,
+        N=N, M=M, D=D, BLOCK_G=max(triton.next_power_of_2(N // M), 16), BLOCK=block,
+        num_warps=4,
+    )  # fmt: skip
     return partial.view(B, -1), Join(largest, sums, qkv.dtype)
 
 
@@ -123,9 +122,8 @@ def join(sums_of_values, how) -> Tensor:
     B, N, parts = how.largest.shape
     D = sums_of_values.shape[1] // (N * parts)
     out = torch.empty(B, N * D, dtype=how.dtype, device=sums_of_values.device)
-    with torch.cuda.device_of(out):
-        _join_kernel[(B * N,)](
-            sums_of_values, how.largest, how.sums, out, parts,
-            D=D, BLOCK_P=triton.next_power_of_2(parts), num_warps=4,
-        )  # fmt: skip
+    _join_kernel[(B * N,)](
+        sums_of_values, how.largest, how.sums, out, parts,
+        D=D, BLOCK_P=triton.next_power_of_2(parts), num_warps=4,
+    )  # fmt: skip
     return out

@@ -279,16 +279,15 @@ def _fits(x, group) -> bool:
 
 def matvec_4bit(x, group, *, before=None, residual=None) -> Tensor:
     is_one = x.shape[0] == 1 and _fits(x, group)
-    with torch.cuda.device_of(x):
-        if is_one:
-            how = lookup(group.weights[0].quant_type, x.device)
-            dtype = before.dtype if isinstance(before, Join) else x.dtype
-            prepared, xa = prepare(x, group, before, how.x_scale)
-            return multiply(prepared, xa, group, residual, dtype, how)
-        if isinstance(before, Join):
-            x, before = apply_before(x, before), None
-        product = several_tokens if _fits(x, group) else reference
-        return product(x, group, before, residual)
+    if is_one:
+        how = lookup(group.weights[0].quant_type, x.device)
+        dtype = before.dtype if isinstance(before, Join) else x.dtype
+        prepared, xa = prepare(x, group, before, how.x_scale)
+        return multiply(prepared, xa, group, residual, dtype, how)
+    if isinstance(before, Join):
+        x, before = apply_before(x, before), None
+    product = several_tokens if _fits(x, group) else reference
+    return product(x, group, before, residual)
 
 
 def prepare(x, group, before, x_scale) -> tuple[Tensor, Tensor]:
