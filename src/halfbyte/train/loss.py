@@ -170,8 +170,8 @@ class LanguageModel:
             first_token: Tokens before these where a micro-batch was cut: fused, dropout goes on.
             packed: What `prepare` made of the batches, if that was done before.
         """
-        if isinstance(self.body, FusedBody) and self.head is not None:
-            packed = packed or pack(batches).to(self.head.linear.weight.device)
+        packed = packed or self.prepare(batches)
+        if packed is not None and isinstance(self.body, FusedBody) and self.head is not None:
             # CUDA graphs are recorded on the current device, which may be another.
             with torch.cuda.device_of(self.head.linear.weight):
                 return self._packed_loss(self.body, self.head, packed, first_token)
