@@ -34,20 +34,10 @@ def _group(*, ranks=(8, 0, 4), scalings=(0.5, 1.0, 2.0), bias=False, base=0.02, 
     return Fp8Siblings(tuple(projections), **settings)
 
 
-def _exact(group, x, grad, seed):
+def _exact(plain_outputs, group, x, grad, seed):
     """Return outputs and all gradients as autograd has them in float64."""
     mask = group.mask(seed)
-    read = x if mask is None else dropout(x, mask)
-    outputs = []
-    for p in group.projections:
-        weight = p.weight
-        if isinstance(weight, QuantizedWeight):
-            weight = weight.dequantize().double()
-        y = x @ weight.t()
-        if p.lora_A is not None:
-            y = y + p.scaling * (read @ p.lora_A.t()) @ p.lora_B.t()
-        outputs.append(y if p.bias is None else y + p.bias)
-    y = torch.cat(outputs, 1)
+    y = plain_outputs(group, x, x if mask is None else dropout(x, mask))
     return [y, *torch.autograd.grad(y, [x, *group.adapters], grad)]
 
 
@@ -69,10 +59,10 @@ def _run(group, x, grad, seed):
     return [y, grad_x, *pairs(grads_A, group.grad_B(grad_wide, xa))]
 
 
-def _errors(group, tokens=7, seed=None):
+def _errors(plain_outputs, group, tokens=7, seed=None):
     x = torch.randn(tokens, K, dtype=torch.float64, requires_grad=True)
     grad = torch.randn(tokens, group.outputs, dtype=torch.float64)
-    expected, actual = _exact(group, x, grad, seed), _run(group, x, grad, seed)
+    expected, actual = _exact(plain_outputs, group, x, grad, seed), _run(group, x, grad, seed)
     assert len(actual) == len(expected)
     return [
         ((one - other).norm() / other.norm().clamp_min(1e-30)).item()
@@ -94,17 +84,17 @@ def _errors(group, tokens=7, seed=None):
     ],
     ids=str,
 )
-def test_products_are_those_of_three_bits_and_adapters_gradients_exact(case, p):
-    output, grad_x, *adapters = _errors(_group(**case, dropout=p), seed=SEED)
+def test_products_are_those_of_three_bits_and_adapters_gradients_exact(plain_outputs, case, p):
+    output, grad_x, *adapters = _errors(plain_outputs, _group(**case, dropout=p), seed=SEED)
     assert 0.005 < output < 0.045
     assert 0.005 < grad_x < 0.045
     assert all(error < 1e-6 for error in adapters)
 
 
 @pytest.mark.parametrize("b", [1e-4, 0.02, 1.0])
-def test_loras_share_is_as_good_as_in_bf16(b):
+def test_loras_share_is_as_good_as_in_bf16(plain_outputs, b):
     """Where the base is zero, only LoRA is left."""
-    output, grad_x, *_ = _errors(_group(base=0.0, b=b))
+    output, grad_x, *_ = _errors(plain_outputs, _group(base=0.0, b=b))
     assert output < 0.01
     assert grad_x < 0.01
 
@@ -124,19 +114,19 @@ def test_what_has_no_border_gives_the_same(kind):
     assert torch.equal(found[1], xa)
 
 
-def test_rows_far_apart_in_size_are_as_good_as_others():
+def test_rows_far_apart_in_size_are_as_good_as_others(plain_outputs):
     group = _group()
     x = torch.randn(9, K, dtype=torch.float64) * torch.logspace(-8, 8, 9).unsqueeze(1).double()
     x.requires_grad_()
     grad = torch.randn(9, group.outputs, dtype=torch.float64) * 1e-9
-    expected, actual = _exact(group, x, grad, None)[0], _run(group, x, grad, None)[0]
+    expected, actual = _exact(plain_outputs, group, x, grad, None)[0], _run(group, x, grad, None)[0]
     errors = (actual - expected).norm(dim=1) / expected.norm(dim=1)
     assert errors.max() < 0.05
 
 
-def test_no_tokens_are_fine():
-    assert _errors(_group(), tokens=0)[0] == 0
-    assert _errors(_group(), tokens=1)[0] < 0.06
+def test_no_tokens_are_fine(plain_outputs):
+    assert _errors(plain_outputs, _group(), tokens=0)[0] == 0
+    assert _errors(plain_outputs, _group(), tokens=1)[0] < 0.06
 
 
 def test_what_stays_gives_the_same_and_follows_the_adapters():
