@@ -1,9 +1,10 @@
 import inspect
+import math
 
 import pytest
 import torch
 
-from halfbyte.kernels import adamw_cpu, codebooks
+from halfbyte.kernels import adamw, adamw_cpu, codebooks
 from halfbyte.kernels.adamw import adamw8bit_step_, adamw_step_
 
 SETTINGS = {"lr": 1e-2, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.1}
@@ -63,6 +64,27 @@ def test_triton_32_bit_update_equals_torch(grad_scale, triton_device):
     step_ = triton_twin("adamw_step_")
     param, expected = run(step_, 3001, device=triton_device, grad_scale=grad_scale)
     torch.testing.assert_close(param, expected, rtol=1e-6, atol=5e-7)
+
+
+@pytest.mark.parametrize("name", ["adamw_step_", "adamw8bit_step_"])
+@pytest.mark.parametrize("scale", [math.nan, torch.tensor(math.nan)])
+def test_a_gradient_scale_of_nan_changes_nothing(name, scale, triton_device):
+    reference = inspect.unwrap(getattr(adamw, name))
+    own = getattr(adamw_cpu, name, reference)
+    torch.manual_seed(0)
+    steps = ((reference, "cpu"), (own, "cpu"), (triton_twin(name), triton_device))
+    for step_, device in steps:
+        size, is_32 = 1300, name == "adamw_step_"
+        moments = list(torch.rand(2, size)) if is_32 else new_state(size)
+        if not is_32:
+            moments = [torch.randint_like(t, 256) if t.ndim and t.dtype == torch.uint8 else t + 0.5
+                       for t in moments]  # fmt: skip
+        state = [t.to(device) for t in (torch.randn(size), *moments)]
+        before = [t.clone() for t in state]
+        grad = torch.full((size,), math.inf, device=device)
+        given = scale.to(device) if isinstance(scale, torch.Tensor) else scale
+        step_(state[0], grad, *state[1:], step=3, grad_scale=given, **SETTINGS)
+        assert all(map(torch.equal, state, before))
 
 
 def new_state(size, device="cpu"):

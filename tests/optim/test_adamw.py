@@ -81,6 +81,22 @@ def test_8bit_follows_bitsandbytes():
 
 
 @pytest.mark.parametrize("state_bits", [32, 8])
+def test_an_update_that_should_not_be_is_taken_back(state_bits):
+    model = Toy()
+    optimizer = AdamW(model.named_parameters(), lr=1e-2, weight_decay=0.1, state_bits=state_bits)
+    first, second = inputs(2)
+    model(first).square().sum().backward()
+    optimizer.step()
+    before = copy.deepcopy((optimizer.state_dict(), model.state_dict()))
+    model(second).square().sum().backward()
+    optimizer.step(grad_scale=torch.tensor(float("nan")))
+    optimizer.take_back()
+    after = (optimizer.state_dict(), model.state_dict())
+    for old, new in zip(before, after, strict=True):
+        assert all(torch.equal(value, new[name]) for name, value in old.items())
+
+
+@pytest.mark.parametrize("state_bits", [32, 8])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_state_round_trip_continues_bit_for_bit(state_bits, dtype):
     def run(model, optimizer, batches):

@@ -10,7 +10,10 @@ in torch.optim.AdamW's order: the decay comes first):
 
 The eight-bit form holds m and v as codes of bitsandbytes' dynamic maps (signed for m, unsigned
 for v), each block of 256 with its largest magnitude (Dettmers et al., arXiv 2110.02861). The update
-uses the float32 moments; only what is kept is rounded. Twin: `adamw_triton`, one pass over it all.
+uses the float32 moments; only what is kept is rounded.
+
+A gradient scale of NaN says that the gradient is not to be used: nothing changes then. Twin:
+`adamw_triton`, one pass over it all.
 """
 
 import math
@@ -57,9 +60,13 @@ def adamw_step_(  # noqa: PLR0913 - the state of AdamW and its settings
         beta2: Decay of the second moment.
         eps: Added to the root of the second moment.
         weight_decay: Decoupled decay, times the learning rate.
-        grad_scale: Factor of the gradient, as of clipping; a tensor stays where it is.
+        grad_scale: Factor of the gradient, as of clipping; NaN changes nothing. A tensor is read
+            where it is.
     """
-    is_scaled = isinstance(grad_scale, torch.Tensor) or grad_scale != 1.0
+    grad_scale = float(grad_scale)
+    if math.isnan(grad_scale):
+        return
+    is_scaled = grad_scale != 1.0
     size = _CHUNK if is_scaled else max(param.numel(), 1)
     for start in range(0, param.numel(), size):
         chunk = slice(start, start + size)
@@ -118,6 +125,9 @@ def adamw8bit_step_(  # noqa: PLR0913 - the state of AdamW and its settings
         weight_decay: Decoupled decay, times the learning rate.
         grad_scale: Factor of the gradient.
     """
+    grad_scale = float(grad_scale)
+    if math.isnan(grad_scale):
+        return
     correction1, root_correction2 = 1.0 - beta1**step, math.sqrt(1.0 - beta2**step)
     signed = _Map(param.device, is_signed=True)
     unsigned = _Map(param.device, is_signed=False)

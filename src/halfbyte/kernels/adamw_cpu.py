@@ -37,6 +37,8 @@ def adamw8bit_step_(
     weight_decay: float,
     grad_scale: float | torch.Tensor = 1.0,
 ) -> None:
+    if math.isnan(grad_scale):
+        return
     library = native.library()
     grad, numel = grad.contiguous(), param.numel()
     blocks = -(-numel // adamw.BLOCK_SIZE)

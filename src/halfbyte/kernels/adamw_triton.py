@@ -29,8 +29,8 @@ def _adamw_kernel(
     SIZE: tl.constexpr, SCALE_IS_TENSOR: tl.constexpr,
 ):  # fmt: skip
     offs = tl.program_id(0).to(tl.int64) * SIZE + tl.arange(0, SIZE)
-    mask = offs < numel
     scale = tl.load(scale_ptr) if SCALE_IS_TENSOR else grad_scale
+    mask = offs < tl.where(scale == scale, numel, 0)  # nothing for NaN
     g = tl.load(grad_ptr + offs, mask=mask, other=0.0) * scale
     m = tl.load(exp_avg_ptr + offs, mask=mask, other=0.0)
     v = tl.load(exp_avg_sq_ptr + offs, mask=mask, other=0.0)
@@ -63,10 +63,11 @@ def _adamw8bit_kernel(
     BLOCKS: tl.constexpr, SCALE_IS_TENSOR: tl.constexpr,
 ):  # fmt: skip
     rows = tl.program_id(0).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)
+    scale = tl.load(scale_ptr) if SCALE_IS_TENSOR else grad_scale
+    numel = tl.where(scale == scale, numel, 0)  # nothing for NaN
     row_mask = rows * 256 < numel
     offs = rows[:, None] * 256 + tl.arange(0, 256)[None, :]
     mask = offs < numel
-    scale = tl.load(scale_ptr) if SCALE_IS_TENSOR else grad_scale
     g = tl.load(grad_ptr + offs, mask=mask, other=0.0) * scale
     p = tl.load(param_ptr + offs, mask=mask, other=0.0)
     code1 = tl.load(exp_avg_ptr + offs, mask=mask, other=0).to(tl.int32)

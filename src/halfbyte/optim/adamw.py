@@ -168,10 +168,16 @@ class AdamW:
         return torch.linalg.vector_norm(torch.stack([norm.to(norms[0].device) for norm in norms]))
 
     @torch.no_grad()
-    def step(self, lr: float | None = None, *, grad_scale: float = 1.0) -> None:
+    def step(self, lr: float | None = None, *, grad_scale: float | Tensor = 1.0) -> None:
         """Update every parameter from its gradient times `grad_scale` (the clipping factor).
 
-        If this fails in between (out of memory), the same call goes on where it stopped.
+        If this fails in between (out of memory), the same call goes on where it stopped. Where
+        `grad_scale` is NaN nothing changes but the count of steps, which `take_back` mends: so an
+        update can be queued before the host knows whether it should be.
+
+        Args:
+            lr: Learning rate; None: that of the constructor.
+            grad_scale: A number, or a float32 scalar that stays on its device.
         """
         self.steps_done += not self._is_updating
         self._is_updating = True
@@ -181,21 +187,27 @@ class AdamW:
             "beta1": self.betas[0],
             "beta2": self.betas[1],
             "eps": self.eps,
-            "grad_scale": grad_scale,
         }
         for moments in self._moments[self._moments_done :]:
-            moments.update(self.weight_decay, **hyper)
+            scale = grad_scale
+            if isinstance(scale, Tensor):
+                scale = scale.to(moments.flat.values.device, non_blocking=True)
+            moments.update(self.weight_decay, grad_scale=scale, **hyper)
             moments.flat.publish_masters()
             self._moments_done += 1
         self._moments_done, self._is_updating = 0, False
         for moments in self._moments:
             moments.pager.settle()
 
+    def take_back(self) -> None:
+        """Forget that the last `step` was done: its `grad_scale` was NaN."""
+        self.steps_done -= 1
+
     def prefetch(self) -> None:
         """Let state that is on the host begin to come to the device, for the `step` to come.
 
         To be called once the last backward is queued: memory is free then, and the copies run
-        while the norm is computed and looked at.
+        while the norm is computed.
         """
         for moments in self._moments:
             moments.pager.prefetch()

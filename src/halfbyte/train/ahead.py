@@ -1,10 +1,10 @@
 """The next step's tokens: loaded, packed and sent to the GPU while it is busy with this step.
 
-    host    queue step 1 ─ load, pack, send 2 ─ wait for loss 1 ─ update 1 ─ queue step 2 ─ ...
+    host    queue step 1, update 1 ─ load, pack, send 2 ─ wait for loss 1 ─ queue step 2 ─ ...
     GPU             step 1 ─────────────────────────────────────► update 1 ─ step 2 ───────►
 
-The host has to wait for a step's loss and norm before the update; what it does before it waits
-costs nothing, and what it does after it leaves the GPU idle.
+The host waits for a step's loss and norm before it begins the next; what it does before it waits
+costs nothing, and what it does after it must be done before the update is.
 """
 
 import contextlib

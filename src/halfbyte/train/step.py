@@ -1,8 +1,9 @@
 """One optimizer step: gradients over the micro-batches, a check, clipping, the update.
 
 The loss is the sum over the supervised tokens of all micro-batches divided by their number, so how
-a batch is cut into micro-batches changes nothing. Loss and gradient norm reach the host once,
-together, before the update: a step that is not finite changes no parameter.
+a batch is cut into micro-batches changes nothing. A step that is not finite changes no parameter:
+its clipping factor is NaN then, which the update understands. So the whole step is queued before
+the host asks for loss and norm, which it gets once, together.
 """
 
 import math
@@ -10,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from halfbyte.data.loader import Batch
 from halfbyte.errors import TrainingError
@@ -58,6 +60,46 @@ class StepResult:
     tokens: int
 
 
+class Gradients:
+    """A step's gradients, which the device may still be making.
+
+    Attributes:
+        scale: float32 `[]` on the device, what clips the gradient; NaN where it is not to be used.
+    """
+
+    def __init__(
+        self,
+        step: int,
+        batches: Sequence[Batch],
+        groups: Sequence[Sequence[Batch]],
+        losses: Sequence[Tensor],
+        norm: Tensor,
+        max_grad_norm: float,
+    ) -> None:
+        self._step, self._batches, self._groups = step, batches, groups
+        measured = torch.stack([*(loss.to(norm.device) for loss in losses), norm])
+        self._measured = measured.to("cpu", non_blocking=True)
+        self._arrival: torch.cuda.Event | None = None
+        if norm.is_cuda:
+            self._arrival = torch.cuda.Event()
+            self._arrival.record(torch.cuda.current_stream(norm.device))
+        self.scale = clip_factor(measured, max_grad_norm)
+
+    def result(self) -> StepResult:
+        """Wait for the device, and return what it found.
+
+        Raises:
+            NonFiniteError: the loss or the gradient is not finite.
+        """
+        if self._arrival is not None:
+            self._arrival.synchronize()
+        *losses, grad_norm = self._measured.tolist()
+        _check_finite(losses, grad_norm, self._groups, self._step)
+        supervised = sum(batch.num_supervised for batch in self._batches)
+        tokens = sum(batch.num_tokens for batch in self._batches)
+        return StepResult(sum(losses), grad_norm, supervised, tokens)
+
+
 def train_step(
     model: LanguageModel,
     optimizer: AdamW,
@@ -84,10 +126,13 @@ def train_step(
     Raises:
         NonFiniteError: the loss or the gradient is not finite; nothing was updated.
     """
-    result = compute_gradients(model, optimizer, batches, step=step, seed=seed, ahead=ahead)
-    scale = clip_factor(result.grad_norm, max_grad_norm)
-    optimizer.step(learning_rate, grad_scale=scale)
-    return result
+    gradients = compute_gradients(
+        model, optimizer, batches, step=step, seed=seed, max_grad_norm=max_grad_norm, ahead=ahead
+    )
+    optimizer.step(learning_rate, grad_scale=gradients.scale)
+    if ahead is not None:
+        ahead.look(model, step + 1, None)
+    return finished(gradients, optimizer)
 
 
 def compute_gradients(
@@ -97,16 +142,14 @@ def compute_gradients(
     *,
     step: int,
     seed: int,
+    max_grad_norm: float = 0.0,
     max_tokens: int | None = None,
     ahead: Ahead | None = None,
-) -> StepResult:
-    """Do all of a step but the update: the optimizer then holds the gradient of the mean loss.
+) -> Gradients:
+    """Queue all of a step but the update: the optimizer then holds the gradient of the mean loss.
 
     Whatever gradients it held before are forgotten, so a call that failed can be repeated, with
     smaller `max_tokens` too: how the batches are cut changes nothing.
-
-    Raises:
-        NonFiniteError: the loss or the gradient is not finite.
     """
     find = cut if ahead is None else ahead.micro_steps
     micro_steps = find(model, batches, max_tokens)
@@ -123,22 +166,37 @@ def compute_gradients(
         losses.append(loss.detach())
         # Its graph ends here: the next may be recorded, which nodes of an older one would spoil.
         del loss
-    optimizer.prefetch()  # beside the norm, and while the host waits for it
-    norm = optimizer.grad_norm()
-    if ahead is not None:
-        ahead.look(model, step + 1, max_tokens)
-    *values, grad_norm = torch.stack(
-        [*(loss.to(norm.device) for loss in losses), norm]
-    ).tolist()  # the only sync
-    _check_finite(values, grad_norm, [micro_step.batches for micro_step in micro_steps], step)
-    return StepResult(
-        sum(values), grad_norm, supervised, sum(batch.num_tokens for batch in batches)
-    )
+    optimizer.prefetch()  # beside the norm
+    groups = [micro_step.batches for micro_step in micro_steps]
+    return Gradients(step, batches, groups, losses, optimizer.grad_norm(), max_grad_norm)
 
 
-def clip_factor(grad_norm: float, max_grad_norm: float) -> float:
-    """Return what scales a gradient of this norm down to the largest allowed; 0 allows all."""
-    return min(1.0, max_grad_norm / (grad_norm + _CLIP_EPSILON)) if max_grad_norm > 0 else 1.0
+def finished(gradients: Gradients, optimizer: AdamW) -> StepResult:
+    """Wait for a step whose update is queued, and return what was measured.
+
+    Raises:
+        NonFiniteError: the loss or the gradient is not finite; nothing was updated.
+    """
+    try:
+        return gradients.result()
+    except NonFiniteError:
+        optimizer.take_back()
+        raise
+
+
+def clip_factor(measured: Tensor, max_grad_norm: float) -> Tensor:
+    """Return what scales a gradient down to the largest norm allowed: float32 `[]`, 1 at most.
+
+    Args:
+        measured: `[n + 1]`, the losses and the gradient's norm; where one of them is not finite,
+            so is not what is returned: NaN.
+        max_grad_norm: 0 allows all.
+    """
+    norm = measured[-1].double()
+    factor = torch.ones_like(norm)
+    if max_grad_norm > 0:
+        factor = (max_grad_norm / (norm + _CLIP_EPSILON)).clamp(max=1.0)
+    return torch.where(measured.isfinite().all(), factor, math.nan).float()
 
 
 def _check_finite(

@@ -30,7 +30,7 @@ from halfbyte.train.ahead import Ahead
 from halfbyte.train.events import MemoryShort
 from halfbyte.train.loss import LanguageModel
 from halfbyte.train.micro import cut
-from halfbyte.train.step import StepResult, clip_factor, compute_gradients
+from halfbyte.train.step import Gradients, StepResult, compute_gradients, finished
 
 _T = TypeVar("_T")
 
@@ -81,17 +81,21 @@ class Survivor:
         """
         measures: list[str] = []
 
-        def gradients() -> StepResult:
+        def attempt() -> Gradients:
             return compute_gradients(
-                self.model, self.optimizer, batches,
-                step=step, seed=seed, max_tokens=self.max_tokens, ahead=ahead,
+                self.model, self.optimizer, batches, step=step, seed=seed,
+                max_grad_norm=max_grad_norm, max_tokens=self.max_tokens, ahead=ahead,
             )  # fmt: skip
 
-        result = self._persist(gradients, lambda s: self._make_room(s, batches), measures)
-        scale = clip_factor(result.grad_norm, max_grad_norm)
+        gradients = self._persist(attempt, lambda s: self._make_room(s, batches), measures)
         self._persist(
-            lambda: self.optimizer.step(learning_rate, grad_scale=scale), self._evict, measures
+            lambda: self.optimizer.step(learning_rate, grad_scale=gradients.scale),
+            self._evict,
+            measures,
         )
+        if ahead is not None:
+            ahead.look(self.model, step + 1, self.max_tokens)
+        result = finished(gradients, self.optimizer)
         if measures:
             self._tell(MemoryShort(step + 1, tuple(measures), self.max_tokens))
         return result
@@ -100,16 +104,18 @@ class Survivor:
         """Do all of a step but the update and forget it, so that room is made before it matters.
 
         Raises:
+            NonFiniteError: the loss or the gradient is not finite.
             DeviceError: the step does not fit, whatever is given up.
         """
         measures: list[str] = []
-        self._persist(
+        gradients = self._persist(
             lambda: compute_gradients(
                 self.model, self.optimizer, batches, step=0, seed=seed, max_tokens=self.max_tokens
             ),
             lambda shortage: self._make_room(shortage, batches),
             measures,
         )
+        gradients.result()
         self.optimizer.zero_grad()
         if measures:
             self._tell(MemoryShort(0, tuple(measures), self.max_tokens))
