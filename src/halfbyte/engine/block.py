@@ -190,8 +190,7 @@ class OutOfAttention(torch.autograd.Function):
             down_out = down.forward(hidden, wide, x.new_empty(x.shape))
             torch.add(mid, weights.after_down(down_out), out=y)
         elif not keep.is_again:
-            down.forward(hidden, wide, y)
-            y += mid
+            down.forward(hidden, wide, y, mid)
         if keep.is_again:
             keep.wide = wide
         ctx.weights, ctx.shape, ctx.keep, ctx.everything = weights, shape, keep, keep.everything

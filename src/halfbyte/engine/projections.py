@@ -191,9 +191,15 @@ class Siblings:
         padding = like.new_zeros(self.rank - sum(p.rank for p in self.projections))
         return torch.cat([*parts, padding])
 
-    def forward(self, x_wide: Tensor, wide: Tensor, out: Tensor) -> Tensor:
-        """Write all siblings' outputs into `out` `[T, N]` and return it."""
-        torch.mm(x_wide, wide[: self.outputs].t(), out=out)
+    def forward(
+        self, x_wide: Tensor, wide: Tensor, out: Tensor, beside: Tensor | None = None
+    ) -> Tensor:
+        """Write all siblings' outputs into `out` `[T, N]`, added to `beside`, and return it."""
+        weight = wide[: self.outputs].t()
+        if beside is None:
+            torch.mm(x_wide, weight, out=out)
+        else:
+            torch.addmm(beside, x_wide, weight, out=out)
         return self.add_bias_(out)
 
     def forward_alone(

@@ -147,9 +147,12 @@ class Fp8Siblings(Siblings):
         """Return the balances of B and of A, float32 `[2]`."""
         return wide[self.rank * (self.inputs + self.outputs) :].view(torch.float32)
 
-    def forward(self, x_wide: Tensor, wide: Tensor, out: Tensor) -> Tensor:
-        """Write all siblings' outputs into `out` `[T, N]` and return it."""
-        return self._forward(x_wide[:, : self.inputs], x_wide[:, self.inputs :], wide, out)
+    def forward(
+        self, x_wide: Tensor, wide: Tensor, out: Tensor, beside: Tensor | None = None
+    ) -> Tensor:
+        """Write all siblings' outputs into `out` `[T, N]`, added to `beside`, and return it."""
+        self._forward(x_wide[:, : self.inputs], x_wide[:, self.inputs :], wide, out)
+        return out if beside is None else out.add_(beside)
 
     def forward_alone(
         self, x: Tensor, wide: Tensor, seed: Tensor | None, out: Tensor

@@ -25,22 +25,23 @@ _BLOCK = 1024
 _PRODUCT_TILE = (32, 128, 4, 3)
 # With dropout and few tokens: at 2,048 tokens 82 us instead of 95.
 _PRODUCT_TILE_OF_FEW = (16, 128, 4, 3)
-# (tokens, warps) of a tile of the backward; [with dropout, without]. They took 569 and 538 us at
-# 8,192 tokens of Llama 8B on an H100.
-_TILES = {True: (32, 8), False: (32, 4)}
-# With dropout and few tokens: at 2,048 tokens 166 us instead of 185.
-_TILE_OF_FEW = (16, 4)
-_TILE_OF_LARGE_RANKS = (32, 4)
+# (tokens, warps) of a tile of the backward, by whether there is dropout. At 8,192 tokens of Llama
+# 8B on an H100 they took 569 and 501 us (538 in tiles of 32 tokens), those of few at 2,048 tokens
+# 166 us (185 in the others) and 155.
+_TILES = {True: (32, 8), False: (64, 8)}
+_TILES_OF_FEW = {True: (16, 4), False: (32, 4)}
+# Where a tile holds more, by the 99 KiB of shared memory that consumer cards have.
+_SMALL_TILE, _FEW_RANKS = (32, 4), 16
 
 
 @triton.jit
-def _once(x, HAS_PTX: tl.constexpr):
-    """Return 16-bit x as it is, computed once.
+def _once(x, ONCE: tl.constexpr):
+    """Return 16-bit x as it is, computed once (by inline PTX, where that is).
 
     What goes to memory and into a product is wanted in two layouts, and the compiler would compute
     all that leads to it twice, exponentials too, rather than carry it from one to the other.
     """
-    if HAS_PTX:
+    if ONCE:
         return tl.inline_asm_elementwise(
             "mov.b32 $0, $1;", "=r,r", [x], dtype=x.dtype, is_pure=False, pack=2
         )
@@ -88,7 +89,7 @@ def _gated_product_kernel(
     gate_up_ptr, out_ptr, A_ptr, partial_ptr, seed_ptr, salt, threshold,
     stride_in, stride_out, stride_A, T, size, K_split,
     R: tl.constexpr, BLOCK_R: tl.constexpr, ACT: tl.constexpr, DROPS: tl.constexpr,
-    ALIGNED: tl.constexpr, HAS_PTX: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr,
+    ALIGNED: tl.constexpr, ONCE: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     if ALIGNED:
         stride_in, stride_out = stride_in // 8 * 8, stride_out // 8 * 8
@@ -113,7 +114,7 @@ def _gated_product_kernel(
             mask=column_mask[:, None] & rank_mask[None, :], other=0.0,
         )  # fmt: skip
         act, _ = _act_and_slope(gate.to(tl.float32), ACT)
-        hidden = _once((act * up).to(gate.dtype), HAS_PTX)
+        hidden = _once((act * up).to(gate.dtype), ONCE)
         tl.store(out_ptr + rows[:, None] * stride_out + columns[None, :], hidden, mask=mask)
         if DROPS:
             hidden = tl.where(kept(keys, key, first, threshold, BLOCK_T, BLOCK_K), hidden, 0.0)
@@ -129,7 +130,7 @@ def _gated_backward_kernel(
     stride_in, stride_grad, stride_xa, stride_gb, stride_A, T, size, tokens_per_split,
     RG: tl.constexpr, RU: tl.constexpr, R2: tl.constexpr,
     BLOCK_R1: tl.constexpr, BLOCK_R2: tl.constexpr,
-    ACT: tl.constexpr, DROPS: tl.constexpr, ADDS: tl.constexpr,
+    ACT: tl.constexpr, DROPS: tl.constexpr, ADDS: tl.constexpr, ONCE: tl.constexpr,
     BLOCK_I: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
     first_column = tl.program_id(0) * BLOCK_I
@@ -161,7 +162,7 @@ def _gated_backward_kernel(
                 gb_ptr + rows[:, None] * stride_gb + ranks2[None, :],
                 mask=row_mask[:, None] & (ranks2 < R2)[None, :], other=0.0,
             )  # fmt: skip
-            hidden = (act * up).to(gate.dtype)
+            hidden = _once((act * up).to(gate.dtype), ONCE)
             if DROPS:
                 keys, key = row_keys(seed_ptr, salt, rows)
                 stays = kept(keys, key, first_column, threshold, BLOCK_T, BLOCK_I)
@@ -169,8 +170,8 @@ def _gated_backward_kernel(
                 if ADDS:
                     product = tl.dot(gb, A, input_precision="ieee") * scale
                     grad += tl.where(stays, product, 0.0)
-        d_gate = (grad * up * slope).to(gate.dtype)
-        d_up = (grad * act).to(gate.dtype)
+        d_gate = _once((grad * up * slope).to(gate.dtype), ONCE)
+        d_up = _once((grad * act).to(gate.dtype), ONCE)
         tl.store(gate_ptrs, d_gate, mask=mask)
         tl.store(gate_ptrs + size, d_up, mask=mask)
         xa_offs = rows[:, None] * stride_xa + ranks1[None, :]
@@ -242,17 +243,18 @@ def gated_product(
         gate_up, out, lora_A, partial, *mask_arguments(mask, partial),
         gate_up.stride(0), out.stride(0), lora_A.stride(0), T, size, each,
         R=R, BLOCK_R=block_ranks(R), ACT=activation, DROPS=mask is not None,
-        ALIGNED=is_aligned(gate_up, out, lora_A), HAS_PTX=_has_ptx(gate_up),
+        ALIGNED=is_aligned(gate_up, out, lora_A), ONCE=_has_ptx(gate_up),
         BLOCK_T=block_t, BLOCK_K=block_k, num_warps=warps, num_stages=stages,
     )  # fmt: skip
     return out, add_splits(partial, out[:, size:], mask, scaling)
 
 
-def _backward_tile(tokens: int, ranks: int, *, drops: bool) -> tuple[int, int]:
+def _backward_tile(tokens: int, ranks: int, itemsize: int, *, drops: bool) -> tuple[int, int]:
     """Return tokens and warps of a tile of the backward."""
-    if ranks > gated.LARGE_RANKS:
-        return _TILE_OF_LARGE_RANKS
-    return _TILE_OF_FEW if drops and tokens <= FEW_TOKENS else _TILES[drops]
+    is_wide = ranks > (gated.LARGE_RANKS if drops else _FEW_RANKS)
+    if is_wide or itemsize > 2:
+        return _SMALL_TILE
+    return (_TILES_OF_FEW if tokens <= FEW_TOKENS else _TILES)[drops]
 
 
 def gated_backward_(
@@ -268,7 +270,7 @@ def gated_backward_(
     T = gate_up.shape[0]
     RG, RU, R2 = (t.shape[1] for t in (*xas, down_gb))
     ranks = max(RG, RU, R2)
-    block_t, warps = _backward_tile(T, ranks, drops=mask is not None)
+    block_t, warps = _backward_tile(T, ranks, gate_up.element_size(), drops=mask is not None)
     block_i, splits = gated.backward_columns(ranks), gated.backward_splits(T, size, ranks)
     column_blocks = triton.cdiv(size, block_i)
     tokens = triton.cdiv(triton.cdiv(T, splits), block_t) * block_t
@@ -284,6 +286,8 @@ def gated_backward_(
             RG=RG, RU=RU, R2=R2, BLOCK_R1=max(triton.next_power_of_2(max(RG, RU)), 16),
             BLOCK_R2=max(triton.next_power_of_2(R2), 16),
             ACT=activation, DROPS=mask is not None, ADDS=A is lora_A and mask is not None,
+            # With dropout computing twice was faster: 653 us, else 704.
+            ONCE=mask is None and _has_ptx(gate_up),
             BLOCK_I=block_i, BLOCK_T=block_t, num_warps=warps,
         )  # fmt: skip
     total = partial.sum(0) if splits > 1 else partial[0]
