@@ -117,20 +117,22 @@ def measure(
     language_model = LanguageModel.of(
         model, memory=int(memory) if memory.isdigit() else memory, compute=compute
     )
-    times, losses, tokens = [], [], []
+    losses, tokens = [], []
     # As the training loop does it: a step's rows are made and packed during the step before.
     ahead = Ahead(lambda n: batches_of(case, lengths, model.config.vocab_size, n), steps + 2)
+    torch.cuda.synchronize(device)
+    # A step ends when its loss and norm are there: so from one end to the next is one step.
+    marks = [time.perf_counter()]
     for step in range(steps + 2):
-        torch.cuda.synchronize(device)
-        start = time.perf_counter()
         result = train_step(
             language_model, optimizer, ahead.batches(step), step=step, learning_rate=1e-4,
             max_grad_norm=1.0, seed=0, ahead=ahead,
         )  # fmt: skip
-        torch.cuda.synchronize(device)
-        times.append(time.perf_counter() - start)
+        marks.append(time.perf_counter())
         losses.append(result.loss)
         tokens.append(result.tokens)
+    torch.cuda.synchronize(device)
+    times = [end - begin for begin, end in itertools.pairwise(marks)]
     # Short examples come in many sizes, each of which is compiled and recorded once.
     warm = (steps + 2) // 2 if case == "lengths" else 2
     seconds = statistics.median(times[warm:])

@@ -12,6 +12,7 @@ count.
 """
 
 import argparse
+import itertools
 import json
 import statistics
 import tempfile
@@ -104,11 +105,12 @@ def steps_of(model, args, shape):
         optimizer = bitsandbytes.optim.PagedAdamW32bit(parameters, lr=1e-4)
     else:
         optimizer = torch.optim.AdamW(parameters, lr=1e-4)
-    times, tokens = [], []
-    for step in range(args.steps + WARMUP):
-        data, count = micro_batches(shape, step, 250, args.device)
-        synchronize(args)
-        begin = time.perf_counter()
+    count = args.steps + WARMUP
+    steps = [micro_batches(shape, step, 250, args.device) for step in range(count)]
+    synchronize(args)
+    # The host never waits within the run: a step lasts from the end of the one before to its own.
+    marks = [mark(args)]
+    for data, _ in steps:
         for ids, mask in data:
             labels = ids.masked_fill(mask == 0, -100)
             with torch.autocast(args.device, dtype=torch.bfloat16):
@@ -117,10 +119,25 @@ def steps_of(model, args, shape):
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        synchronize(args)
-        times.append(time.perf_counter() - begin)
-        tokens.append(count)
-    return times, tokens
+        marks.append(mark(args))
+    synchronize(args)
+    times = [seconds_between(*pair) for pair in itertools.pairwise(marks)]
+    return times, [tokens for _, tokens in steps]
+
+
+def mark(args):
+    """Return a time of the device: an event that it will pass, or on a CPU the time now."""
+    import torch
+
+    if args.device != "cuda":
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def seconds_between(begin, end):
+    return end - begin if isinstance(end, float) else begin.elapsed_time(end) / 1e3
 
 
 def trl_steps(model, args, shape):
