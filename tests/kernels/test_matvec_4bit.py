@@ -113,6 +113,27 @@ def test_every_kind_of_weight_and_dtype(tokens, settings, triton_device):
     assert _error(matvec_4bit.__wrapped__(x, group), exact) < 1e-6
 
 
+@pytest.mark.parametrize(
+    ("lanes", "outputs", "K", "settings"),
+    [
+        (32, (37, 2), 1024, {}),
+        (64, (5, 2), 4160, {"block_size": 32}),
+        (64, (5,), 8192, {"block_size": 4096}),
+        (128, (37, 2), 1024, {}),
+        (128, (5, 2), 4160, {"double_quant": False}),
+    ],
+)
+def test_warps_may_share_rows(lanes, outputs, K, settings, triton_device, monkeypatch):
+    """Steps along the inputs may be parts of K or not fit into it; scales of scales change."""
+    twin = pytest.importorskip("halfbyte.kernels.matvec_4bit_triton")
+    monkeypatch.setattr(twin, "_PROGRAMS", {8192: twin.Program(lanes=lanes)})
+    torch.manual_seed(0)
+    group = _group(outputs, K, 3, triton_device, torch.float32, **settings)
+    x = torch.randn(1, K, device=triton_device)
+    bound = 1e-6 if triton_device.type == "cpu" else 1e-3
+    assert _error(twin.matvec_4bit(x, group), _exact(x, group, None, None)) < bound
+
+
 def test_what_the_kernels_cannot_serve_takes_the_reference(triton_device):
     twin = pytest.importorskip("halfbyte.kernels.matvec_4bit_triton")
     torch.manual_seed(0)
