@@ -25,7 +25,8 @@ def _padded(x, columns):
 
 @pytest.mark.parametrize("balance", [None, 0.25])
 @pytest.mark.parametrize(
-    ("tokens", "features", "ranks"), [(1, 16, 0), (5, 64, 8), (3, 96, 48), (2, 16448, 16)]
+    ("tokens", "features", "ranks"),
+    [(1, 16, 0), (5, 64, 8), (3, 96, 48), (2, 64, 192), (2, 16448, 16)],
 )
 def test_rows_are_quantized_and_the_border_split(
     tokens, features, ranks, balance, triton_device, half_dtype

@@ -41,6 +41,18 @@ def e4m3(x, EMULATES: tl.constexpr):
 
 
 @triton.jit
+def _e4m3_where(condition, x, EMULATES: tl.constexpr):
+    """Return x as e4m3 numbers, zeros where the condition does not hold.
+
+    They are chosen behind the conversion. ptxas 12.8 (Triton 3.6 and 3.7) may forget half a
+    register when it joins two equal pairs of converted numbers, as all zeros are: the padding of
+    borders held what the register had held before, in some programs NaN.
+    """
+    byte = e4m3(x, EMULATES).to(tl.uint8, bitcast=True)
+    return tl.where(condition, byte, 0).to(tl.float8e4nv, bitcast=True)
+
+
+@triton.jit
 def _quantize_rows_kernel(
     x_ptr, border_ptr, values_ptr, scale_ptr, balance_ptr,
     stride_x, stride_border, stride_values, K,
@@ -84,7 +96,8 @@ def _quantize_rows_kernel(
         border = border * inverse
         rest = border - e4m3(border, EMULATES).to(tl.float32)
         border = tl.where(term == 1, rest, border)
-        tl.store(values_ptr + K + columns, e4m3(border, EMULATES), mask=columns < P)
+        border = _e4m3_where((term < 3) & HAS_BORDER, border, EMULATES)
+        tl.store(values_ptr + K + columns, border, mask=columns < P)
 
 
 @triton.jit
@@ -106,8 +119,9 @@ def _split(
     border = factor.to(tl.float32) / scale[:, None] * tl.load(balance_ptr)
     rest = border - e4m3(border, EMULATES).to(tl.float32)
     border = tl.where((term == 2)[None, :], rest, border)
+    border = _e4m3_where((term < 3)[None, :], border, EMULATES)
     target = values_ptr + rows[:, None] * stride_values + K + columns[None, :]
-    tl.store(target, e4m3(border, EMULATES), mask=row_mask[:, None] & (columns < P)[None, :])
+    tl.store(target, border, mask=row_mask[:, None] & (columns < P)[None, :])
 
 
 @triton.jit
