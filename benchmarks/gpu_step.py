@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 import halfbyte as hb
 from halfbyte.data.loader import Batch
+from halfbyte.device import join_memory
 from halfbyte.optim.adamw import AdamW
 from halfbyte.quant.linear import NF4Linear
 from halfbyte.quant.weight import QuantizedWeight
@@ -190,6 +191,7 @@ def main() -> None:
     parser.add_argument("--profile", type=Path, help="write kernel tables into this folder")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
+    join_memory()  # as in training
     device = torch.device("cuda")
     start = time.perf_counter()
     if args.checkpoint is None:

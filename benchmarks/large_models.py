@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 from random_model import batch, random_model, release
 
+from halfbyte.device import join_memory
 from halfbyte.errors import DeviceError
 from halfbyte.optim.adamw import AdamW
 from halfbyte.plan.cards import CONTEXT_BYTES
@@ -124,6 +125,7 @@ def main() -> None:
     parser.add_argument("--longest", type=int, help="try no longer sequence: it takes minutes")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
+    join_memory()  # as in training
     results = []
     machine = {"card": torch.cuda.get_device_name(), "torch": torch.__version__}
     for case in CASES:

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from random_model import batch, random_model, release
 
+from halfbyte.device import join_memory
 from halfbyte.optim.adamw import AdamW
 from halfbyte.optim.names import OPTIMIZERS
 from halfbyte.plan.predict import Planner, Setting
@@ -101,6 +102,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=2)
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
+    join_memory()  # as in training
     first, last = map(int, args.runs.split("-")) if args.runs else (0, len(RUNS) - 1)
     results = []
     for run in RUNS[first : last + 1]:

@@ -1,5 +1,7 @@
 """Where we run, and in which dtype."""
 
+import os
+import platform
 import subprocess
 import sys
 
@@ -7,10 +9,14 @@ import pytest
 import torch
 
 from halfbyte.device import (
+    ALLOCATOR_VARIABLES,
+    JOINING,
     available_bytes,
+    can_join_memory,
     compute_dtype,
     container_bytes,
     default_device,
+    join_memory,
     peak_bytes,
     peak_rss_bytes,
     release_unused_memory,
@@ -39,6 +45,57 @@ def test_a_missing_gpu_is_an_error_with_a_hint():
     with pytest.raises(DeviceError, match="sees no CUDA device") as caught:
         resolve_device("cuda")
     assert "halfbyte doctor" in caught.value.hint
+
+
+@pytest.fixture
+def told(monkeypatch):
+    """Return a function: what the allocator is told on Linux after `join_memory`, by variable."""
+    monkeypatch.setattr(sys, "platform", "linux")
+    monkeypatch.setattr(platform, "release", lambda: "6.8.0-generic")
+    for name in ALLOCATOR_VARIABLES:
+        monkeypatch.setenv(name, "")  # what join_memory sets goes with the test
+        monkeypatch.delenv(name)
+
+    def told():
+        join_memory()
+        return {name: os.environ[name] for name in ALLOCATOR_VARIABLES if name in os.environ}
+
+    return told
+
+
+def test_free_memory_is_joined_unless_the_user_said_something(told, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: False)
+    assert told() == {"PYTORCH_ALLOC_CONF": JOINING}
+    monkeypatch.delenv("PYTORCH_ALLOC_CONF")
+    for name in ALLOCATOR_VARIABLES:
+        monkeypatch.setenv(name, "max_split_size_mb:64")
+        assert told() == {name: "max_split_size_mb:64"}
+        monkeypatch.delenv(name)
+
+
+def test_free_memory_stays_in_pieces_where_joining_is_too_late_or_fails(told, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    assert not told()
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: False)
+    for release in ("5.15.167.4-microsoft-standard-WSL2", "5.15.148-tegra"):
+        monkeypatch.setattr(platform, "release", lambda release=release: release)
+        assert not told()
+        assert not can_join_memory()
+    monkeypatch.setattr(platform, "release", lambda: "10")
+    monkeypatch.setattr(sys, "platform", "win32")
+    assert not told()
+
+
+def test_the_allocator_has_not_read_its_settings_when_torch_is_imported():
+    code = (
+        "import torch; from halfbyte.device import join_memory; join_memory();"
+        "print(torch._C._accelerator_getAllocatorSettings())"
+    )
+    variables = {n: v for n, v in os.environ.items() if n not in ALLOCATOR_VARIABLES}
+    found = subprocess.run(
+        [sys.executable, "-c", code], env=variables, check=True, capture_output=True, text=True
+    )
+    assert found.stdout.strip() == (JOINING if can_join_memory() else "")
 
 
 def test_matrices_are_multiplied_in_a_dtype_that_the_device_is_good_at():

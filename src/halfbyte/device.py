@@ -3,6 +3,8 @@
 import contextlib
 import ctypes
 import functools
+import os
+import platform
 import resource
 import sys
 from pathlib import Path
@@ -10,6 +12,27 @@ from pathlib import Path
 import torch
 
 from halfbyte.errors import DeviceError
+
+ALLOCATOR_VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
+"""What PyTorch's CUDA allocator is told with, by its present and its former name."""
+JOINING = "expandable_segments:True"
+"""What has it join free memory into pieces of any size, one behind the other in virtual memory."""
+
+
+def can_join_memory() -> bool:
+    """Whether `JOINING` works here: on Linux, but for WSL and Jetson, whose drivers fail at it."""
+    release = platform.release().lower()
+    return sys.platform == "linux" and not any(name in release for name in ("microsoft", "tegra"))
+
+
+def join_memory() -> None:
+    """Have CUDA's allocator join free memory, where it can and the user has told it nothing.
+
+    To be called before CUDA starts, later it does nothing: the allocator reads its settings once.
+    """
+    is_told = any(name in os.environ for name in ALLOCATOR_VARIABLES)
+    if can_join_memory() and not is_told and not torch.cuda.is_initialized():
+        os.environ[ALLOCATOR_VARIABLES[0]] = JOINING
 
 
 def default_device() -> torch.device:

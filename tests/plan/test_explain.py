@@ -5,7 +5,9 @@ import torch
 from transformers import LlamaConfig
 
 from halfbyte import LoraConfig, NF4Config
+from halfbyte.device import ALLOCATOR_VARIABLES
 from halfbyte.memory.shortage import Shortage
+from halfbyte.plan import explain
 from halfbyte.plan.blueprint import blueprint
 from halfbyte.plan.explain import by_owner, does_not_fit, gib
 from halfbyte.plan.predict import Planner, Setting
@@ -58,13 +60,22 @@ def test_where_others_use_the_card_the_changes_fit_beside_them(small_model):
 
 
 def test_where_only_pieces_were_too_small_they_are_to_be_joined(small_model, monkeypatch):
+    monkeypatch.setattr(explain, "can_join_memory", lambda: True)
+    for name in ALLOCATOR_VARIABLES:
+        monkeypatch.delenv(name, raising=False)
     setting = Setting(length=16384, memory="lean", total_bytes=CARD)
     in_pieces = shortage(allocated_bytes=4 * GIB, cached_bytes=3 * GIB, free_bytes=GIB // 4)
     first, *_ = does_not_fit(in_pieces, small_model, setting).hint.split("; or ")
-    assert first.startswith("set PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True")
+    assert first.startswith("set PYTORCH_ALLOC_CONF=expandable_segments:True")
+    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "backend:native")
+    hint = does_not_fit(in_pieces, small_model, setting).hint
+    assert hint.startswith("set PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True")
     monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     assert "PYTORCH" not in does_not_fit(in_pieces, small_model, setting).hint
     monkeypatch.delenv("PYTORCH_CUDA_ALLOC_CONF")
+    monkeypatch.setattr(explain, "can_join_memory", lambda: False)
+    assert "PYTORCH" not in does_not_fit(in_pieces, small_model, setting).hint
+    monkeypatch.setattr(explain, "can_join_memory", lambda: True)
     whole = shortage(allocated_bytes=7 * GIB, cached_bytes=0, free_bytes=GIB // 4)
     assert "PYTORCH" not in does_not_fit(whole, small_model, setting).hint
 

@@ -77,11 +77,13 @@ def run(config: "RunConfig", *, listeners: Sequence["Listener"] = ()) -> None:
     from halfbyte.adapters.inject import add_lora
     from halfbyte.cli.display import print_facts, size
     from halfbyte.cli.plan import before_training
+    from halfbyte.device import join_memory
     from halfbyte.export.consumers import adapter_limits
     from halfbyte.models.load import load
     from halfbyte.train.determinism import determinism
     from halfbyte.train.loop import train as train_model
 
+    join_memory()
     check(config)
     before_training(config)
     with determinism(enabled=config.train.deterministic):  # before the first product on a GPU

@@ -23,7 +23,7 @@ from transformers.utils import logging as transformers_logging
 import halfbyte
 from halfbyte.checkpoint.ahead import ReadAhead
 from halfbyte.checkpoint.header import read_json
-from halfbyte.device import compute_dtype, resolve_device
+from halfbyte.device import compute_dtype, join_memory, resolve_device
 from halfbyte.errors import CheckpointError, ConfigError, DeviceError, HalfbyteError
 from halfbyte.models.folder import find_folder
 from halfbyte.models.skeleton import Skeleton, read_skeleton
@@ -73,6 +73,7 @@ def load(
     if (folder / "adapter_config.json").exists() and not (folder / "config.json").exists():
         adapter, name_or_path = folder, _base_of(folder)
         folder = find_folder(name_or_path)
+    join_memory()
     target = resolve_device(device)
     skeleton = read_skeleton(folder)
     settings = {

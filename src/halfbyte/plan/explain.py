@@ -6,6 +6,7 @@ from dataclasses import replace
 
 from peft import PeftModel
 
+from halfbyte.device import ALLOCATOR_VARIABLES, JOINING, can_join_memory
 from halfbyte.errors import DeviceError, HalfbyteError
 from halfbyte.memory.shortage import Shortage
 from halfbyte.plan.cards import CONTEXT_BYTES
@@ -16,9 +17,6 @@ from halfbyte.plan.predict import Planner, Prediction, Setting
 _ERRING = 0.95
 _NUM_CHANGES = 3
 _MUCH = 2**30
-# What PyTorch's allocator is told with, by its present and its former name, and what joins pieces.
-_ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
-_JOINED = "expandable_segments:True"
 _MUCH_IN_PIECES = 2**28
 _GENERAL = "lower per_device_train_batch_size, max_length or r, or take a larger card"
 
@@ -75,10 +73,14 @@ def _tried(planner: Planner, expected: Prediction) -> Prediction:
 
 
 def _without_pieces(expected: Prediction, shortage: Shortage) -> Iterator[Change]:
-    """Yield that free memory be joined, where only its pieces were too small."""
-    is_joined = any(_JOINED in os.environ.get(name, "") for name in _ALLOCATOR)
-    if expected.fits and shortage.cached_bytes > _MUCH_IN_PIECES and not is_joined:
-        text = f"set {_ALLOCATOR[1]}={_JOINED} in the environment, which joins free pieces"
+    """Yield that free memory be joined, where only its pieces were too small.
+
+    Training has it joined, unless the user said otherwise or CUDA had started before.
+    """
+    told = [name for name in ALLOCATOR_VARIABLES if name in os.environ] or ALLOCATOR_VARIABLES
+    can_help = can_join_memory() and not any(JOINING in os.environ.get(name, "") for name in told)
+    if expected.fits and shortage.cached_bytes > _MUCH_IN_PIECES and can_help:
+        text = f"set {told[0]}={JOINING} before Python starts, which joins free pieces"
         yield Change(text, expected.peak.nbytes)
 
 

@@ -23,7 +23,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizers_utils import should_convert_module
 
 from halfbyte.checkpoint.pages import release_pages
-from halfbyte.device import default_device
+from halfbyte.device import default_device, join_memory
 from halfbyte.errors import CheckpointError, ConfigError, HalfbyteError, QuantizationError
 from halfbyte.quant import layout
 from halfbyte.quant.config import METHOD, NF4Config, to_dtype
@@ -90,6 +90,7 @@ class NF4Quantizer(HfQuantizer):
 
     def update_device_map(self, device_map: Any) -> Any:
         """Load onto the default device when the user names none."""
+        join_memory()
         return {"": default_device()} if device_map is None else device_map
 
     def adjust_max_memory(self, max_memory: dict[str, Any]) -> dict[str, Any]:

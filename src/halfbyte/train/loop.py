@@ -16,6 +16,7 @@ from peft import PeftModel
 from torch import nn
 
 from halfbyte.adapters.io import restore_adapter
+from halfbyte.device import join_memory
 from halfbyte.errors import CheckpointError, ConfigError, HalfbyteError
 from halfbyte.optim.schedule import learning_rate
 from halfbyte.train.ahead import Ahead
@@ -77,6 +78,7 @@ def train(
         TrainingError: loss or gradient is not finite; checkpoints are as they were.
         Interrupted: a signal came; the step was finished and a checkpoint saved.
     """
+    join_memory()
     config = config or TrainConfig()
     if not isinstance(model, PeftModel):
         raise ConfigError(
