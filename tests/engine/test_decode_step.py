@@ -2,7 +2,13 @@
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import (
+    LoraConfig,
+    get_peft_model,
+    get_peft_model_state_dict,
+    set_peft_model_state_dict,
+)
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config
 
 from halfbyte.engine import decode_step
@@ -27,6 +33,8 @@ CONFIGS = {
     "mistral": MistralConfig(**SIZES, sliding_window=None),
     "qwen2": Qwen2Config(**SIZES),
 }
+
+ONE_ADAPTER = "base_model.model.model.layers.1.mlp.down_proj.lora_B.default.weight"
 
 
 def make(kind="llama", **lora):
@@ -121,21 +129,86 @@ def test_a_prompt_may_fill_the_cache():
     torch.testing.assert_close(step.prefill(prompt.tolist()), expected, rtol=1e-4, atol=1e-4)
 
 
-def test_refresh_takes_the_adapters_as_they_are_now():
-    model = make()
+def _logits(step, ids):
+    """Return a step's logits after the last of the ids, with adapters as they are now."""
+    step.refresh()
+    step.prefill([ids[:-1]])
+    step.tokens.fill_(ids[-1])
+    return step()
+
+
+class _Launches(TorchDispatchMode):
+    """Counts the operations that reach a device."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += 1
+        return func(*args, **(kwargs or {}))
+
+
+def _optimizer(model):
+    adapters = [p for name, p in model.named_parameters() if "lora" in name]
+    for parameter in adapters:
+        parameter.grad = torch.randn_like(parameter)
+    torch.optim.SGD(adapters, lr=0.5).step()
+
+
+def _load(model):
+    state = get_peft_model_state_dict(model)
+    set_peft_model_state_dict(model, {name: -1.5 * value for name, value in state.items()})
+
+
+def _unseen(model):
+    """As an optimizer that writes through pointers does."""
+    for name, parameter in model.named_parameters():
+        if "lora" in name:
+            parameter.data.mul_(-1.5)
+
+
+@pytest.mark.parametrize(
+    ("change", "trainable"),
+    [(_optimizer, True), (_unseen, True), (_optimizer, False), (_load, False), (_load, True)],
+)
+def test_refresh_takes_the_adapters_as_they_are_now(change, trainable):
+    model = make(rank_pattern={"v_proj": 2})
+    if not trainable:
+        model.requires_grad_(False)
     base = model.get_base_model()
     step = DecodeStep(base.model, base.lm_head, batch=1, length=8)
-    for trained in (False, True):
-        if trained:
-            for name, parameter in model.named_parameters():
-                if "lora" in name:
-                    parameter.data.mul_(-1.5)
-        step.refresh()
-        step.prefill([[1, 2, 3]])
-        step.tokens.fill_(4)
+    before = None
+    for _ in range(3):
         with torch.no_grad():
             expected = model(input_ids=torch.tensor([[1, 2, 3, 4]])).logits[:, -1]
-        torch.testing.assert_close(step(), expected, rtol=1e-4, atol=1e-4)
+        assert before is None or not torch.allclose(expected, before, rtol=0.1)
+        torch.testing.assert_close(_logits(step, [1, 2, 3, 4]), expected, rtol=1e-4, atol=1e-4)
+        change(model)
+        before = expected
+
+
+def test_refresh_copies_frozen_adapters_once():
+    model = make().requires_grad_(False)
+    base = model.get_base_model()
+    step = DecodeStep(base.model, base.lm_head, batch=1, length=8)
+    counts = []
+    for changes in (False, False, True, False):
+        if changes:
+            model.get_parameter(ONE_ADAPTER).mul_(2)
+        with _Launches() as launches:
+            step.refresh()
+        counts.append(launches.count)
+    assert counts == [2 * 3, 0, 3, 0]  # three a layer
+
+
+def test_refresh_takes_adapters_made_for_inference():
+    with torch.inference_mode():
+        model = make()
+        base = model.get_base_model()
+        step = DecodeStep(base.model, base.lm_head, batch=1, length=8)
+        for _ in range(2):
+            expected = model(input_ids=torch.tensor([[1, 2, 3, 4]])).logits[:, -1]
+            torch.testing.assert_close(_logits(step, [1, 2, 3, 4]), expected, rtol=1e-4, atol=1e-4)
+            model.get_parameter(ONE_ADAPTER).mul_(-2)
 
 
 @pytest.mark.gpu

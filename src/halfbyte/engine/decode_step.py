@@ -9,7 +9,7 @@ training engine's halves of a layer, a few launches each, which leave their keys
 Shape letters: B sequences, L room for each, V vocabulary, D head size.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -34,42 +34,60 @@ _STEP_OF_LENGTH = 16
 _TOKENS_AT_ONCE = 8192
 
 
-@dataclass(frozen=True)
-class _Projections:
-    """Siblings, and the group that shares their weights and holds copies of their adapters."""
+@dataclass
+class _Copies:
+    """Where copies of a layer's adapters are, and of which state they are.
 
-    siblings: Siblings
-    group: Group
+    Args:
+        lora_A, lora_B: Places within the groups, in the order of `FusedLayer.adapters`.
+        scaling: What each B is multiplied with.
+        versions: Of what was copied last, where they say whether it has changed since.
+    """
 
-    @classmethod
-    def of(cls, siblings: Siblings, like: Tensor) -> "_Projections":
-        """Make room for copies in the dtype and on the device of `like`."""
+    lora_A: list[Tensor] = field(default_factory=list)
+    lora_B: list[Tensor] = field(default_factory=list)
+    scaling: list[float] = field(default_factory=list)
+    versions: list[int] | None = None
+
+    def group(self, siblings: Siblings, like: Tensor) -> Group:
+        """Return the group that shares the siblings' weights, with places in it like `like`."""
         parts = siblings.projections
         rank, bias = max(p.rank for p in parts), None
         if siblings.has_bias:
             empty = [like.new_zeros(p.weight.shape[0]) for p in parts]
             both = zip(parts, empty, strict=True)
             bias = torch.cat([zeros if p.bias is None else p.bias.detach() for p, zeros in both])
-        group = Group(
-            tuple(p.weight for p in parts),
-            like.new_zeros(len(parts) * rank, siblings.inputs) if rank else None,
-            like.new_zeros(siblings.outputs, rank) if rank else None,
-            bias,
-        )
-        return cls(siblings, group)
+        weights = tuple(p.weight for p in parts)
+        if not rank:
+            return Group(weights, bias=bias)
+        lora_A = like.new_zeros(len(parts) * rank, siblings.inputs)
+        lora_B = like.new_zeros(siblings.outputs, rank)
+        for index, (p, end) in enumerate(zip(parts, siblings.columns, strict=True)):
+            if p.rank:
+                self.lora_A.append(lora_A[index * rank : index * rank + p.rank])
+                self.lora_B.append(lora_B[end - p.weight.shape[0] : end, : p.rank])
+                self.scaling.append(p.scaling)
+        return Group(weights, lora_A, lora_B, bias)
 
-    def refresh(self) -> None:
-        """Copy the adapters as they are now."""
-        lora_A, lora_B = self.group.lora_A, self.group.lora_B
-        if lora_A is None or lora_B is None:
+    def refresh(self, adapters: tuple[Tensor, ...]) -> None:
+        """Copy the adapters in three launches, if they may have changed."""
+        versions = _versions(adapters)
+        if not adapters or (versions is not None and versions == self.versions):
             return
-        rank, start = lora_B.shape[1], 0
-        for index, p in enumerate(self.siblings.projections):
-            if p.lora_A is not None and p.lora_B is not None:
-                lora_A[index * rank : index * rank + p.rank].copy_(p.lora_A)
-                rows = lora_B[start : start + p.weight.shape[0], : p.rank]
-                rows.copy_(p.lora_B * p.scaling)
-            start += int(p.weight.shape[0])
+        torch._foreach_copy_(self.lora_A, adapters[0::2])
+        torch._foreach_copy_(self.lora_B, torch._foreach_mul(adapters[1::2], self.scaling))
+        self.versions = versions
+
+
+def _versions(adapters: tuple[Tensor, ...]) -> list[int] | None:
+    """Return numbers that differ once any is written to, or None where none say so.
+
+    Optimizers write through pointers, unseen by torch (ours does, and bitsandbytes'): whatever can
+    be trained may have changed.
+    """
+    if any(tensor.requires_grad or tensor.is_inference() for tensor in adapters):
+        return None
+    return [tensor._version for tensor in adapters]
 
 
 class _Layer:
@@ -81,9 +99,13 @@ class _Layer:
         self.before_attention = layer.into.norm
         self.before_mlp = layer.out.norm
         self.gate = Gate(layer.shape.activation)
-        groups = layer.all_siblings
-        self.projections = [_Projections.of(siblings, like) for siblings in groups]
-        self.qkv, self.o, self.gate_up, self.down = (p.group for p in self.projections)
+        self._copies = _Copies()
+        groups = (self._copies.group(siblings, like) for siblings in layer.all_siblings)
+        self.qkv, self.o, self.gate_up, self.down = groups
+
+    def refresh(self) -> None:
+        """Copy the adapters as they are now."""
+        self._copies.refresh(self.fused.adapters)
 
 
 class DecodeStep:
@@ -114,11 +136,14 @@ class DecodeStep:
         self.cos, self.sin = cos[0].contiguous(), sin[0].contiguous()
         self.final = Norm(body.norm.weight.detach().float(), float(body.norm.variance_epsilon))
 
+    @torch.no_grad()
     def refresh(self) -> None:
-        """Copy the adapters as they are now."""
+        """Take the adapters as they are now: a frozen one is copied again where it was written to.
+
+        Others in their place, and another scaling, need another step.
+        """
         for layer in self.layers:
-            for projections in layer.projections:
-                projections.refresh()
+            layer.refresh()
 
     @torch.no_grad()
     def prefill(self, prompts: list[list[int]]) -> Tensor:
