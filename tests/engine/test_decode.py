@@ -48,11 +48,12 @@ def _expected(model, prompt, count):
     return out[0, len(prompt) :].tolist()
 
 
-def test_prompts_of_different_lengths_answer_as_each_alone(model):
+@pytest.mark.parametrize("choose", [None, _greedy])
+def test_prompts_of_different_lengths_answer_as_each_alone(model, choose):
     decoder = Decoder(model, batch=4, length=32)
     seen = []
     answers = decoder.generate(
-        PROMPTS, max_new_tokens=12, stop=[], choose=_greedy, on_token=seen.append
+        PROMPTS, max_new_tokens=12, stop=[], choose=choose, on_token=seen.append
     )
     assert answers == [_expected(model, prompt, 12) for prompt in PROMPTS]
     assert seen == answers[0]
@@ -63,7 +64,7 @@ def test_answers_end_with_a_stop_token(model, place):
     decoder = Decoder(model, batch=2, length=64)
     free = [_expected(model, prompt, 9) for prompt in PROMPTS[:2]]
     stop = free[0][place]
-    answers = decoder.generate(PROMPTS[:2], max_new_tokens=9, stop=[stop], choose=_greedy)
+    answers = decoder.generate(PROMPTS[:2], max_new_tokens=9, stop=[stop])
     for answer, whole in zip(answers, free, strict=True):
         end = whole.index(stop) + 1 if stop in whole else 9
         assert answer == whole[:end]
@@ -71,7 +72,7 @@ def test_answers_end_with_a_stop_token(model, place):
 
 def test_room_may_be_used_up_to_its_last_place(model):
     decoder = Decoder(model, batch=1, length=10)
-    answers = decoder.generate(PROMPTS[:1], max_new_tokens=5, stop=[], choose=_greedy)
+    answers = decoder.generate(PROMPTS[:1], max_new_tokens=5, stop=[])
     assert answers == [_expected(model, PROMPTS[0], 5)]
 
 

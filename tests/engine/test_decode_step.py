@@ -77,6 +77,7 @@ def test_steps_continue_what_the_whole_sequence_gives(kind, lora):
     for _ in range(3):
         for row, n in enumerate(lengths):
             torch.testing.assert_close(logits[row], expected[row, n - 1], rtol=1e-4, atol=1e-4)
+            assert step.tokens[row] == expected[row, n - 1].argmax()
             step.tokens[row] = ids[row, n]
         lengths = [n + 1 for n in lengths]
         logits = step()
@@ -239,3 +240,9 @@ def test_the_kernels_and_the_graph_give_the_plain_paths_logits(batch):
     decoder.generate(ids[:, :9].tolist(), max_new_tokens=11, stop=[], choose=choose)
     for n, logits in enumerate(seen, start=8):
         assert (logits - expected[:, n]).norm() / expected[:, n].norm() < 1e-2
+
+    prompts = ids[:, :9].tolist()
+    likeliest = decoder.generate(prompts, max_new_tokens=11, stop=[])
+    assert likeliest == decoder.generate(
+        prompts, max_new_tokens=11, stop=[], choose=lambda _, logits: logits.argmax(-1)
+    )

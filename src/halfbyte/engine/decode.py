@@ -99,7 +99,7 @@ class Decoder:
         *,
         max_new_tokens: int,
         stop: Collection[int],
-        choose: Choose,
+        choose: Choose | None = None,
         on_token: Callable[[int], None] | None = None,
     ) -> list[list[int]]:
         """Return the tokens that follow each prompt, up to and with one of `stop`.
@@ -109,30 +109,27 @@ class Decoder:
             max_new_tokens: 1 or more.
             stop: Tokens that end an answer.
             choose: From the ids so far `[B, n]` (short prompts are filled up with their first
-                token, on the left) and logits `[B, V]` to the next ids `[B]`, on the device.
+                token, on the left) and logits `[B, V]` to the next ids `[B]`, on the device. None:
+                the likeliest, which the step chooses itself.
             on_token: Called with each token of the first answer.
         """
         step = self._step
         rows = [list(prompt) for prompt in prompts]
         rows += [rows[0]] * (step.batch - len(rows))
-        width = max(map(len, rows))
-        filled = [[row[0]] * (width - len(row)) + row for row in rows]
-        ids = torch.zeros(
-            step.batch, width + max_new_tokens, dtype=torch.int64, device=step.tokens.device
-        )
-        ids[:, :width] = torch.tensor(filled, device=ids.device)
+        chosen = None
+        if choose is not None:
+            chosen = _Chosen(choose, rows, max_new_tokens, step.tokens)
         answers = _Answers(len(prompts), frozenset(stop), on_token)
         fetched: deque[_Fetched] = deque()
         step.refresh()
         logits = step.prefill(rows)
-        for n in range(width, width + max_new_tokens):
-            chosen = choose(ids[:, :n], logits)
-            ids[:, n] = chosen
-            fetched.append(_Fetched(chosen))
+        for left in reversed(range(max_new_tokens)):
+            if chosen is not None:
+                chosen.next_(logits)
+            fetched.append(_Fetched(step.tokens))
             if len(fetched) > _BEHIND and not answers.take(fetched.popleft()):
                 break
-            if n + 1 < width + max_new_tokens:
-                step.tokens.copy_(chosen)
+            if left:
                 logits = self._advance()
         while fetched and answers.take(fetched.popleft()):
             pass
@@ -156,15 +153,33 @@ class Decoder:
             self._logits = self._step()
 
 
+class _Chosen:
+    """The ids so far, and how the next ones are chosen: they go into the step's `tokens`."""
+
+    def __init__(
+        self, choose: Choose, rows: list[list[int]], max_new_tokens: int, tokens: Tensor
+    ) -> None:
+        self._choose, self._tokens = choose, tokens
+        self._count = max(map(len, rows))
+        self._ids = tokens.new_zeros(len(rows), self._count + max_new_tokens)
+        filled = [[row[0]] * (self._count - len(row)) + row for row in rows]
+        self._ids[:, : self._count] = torch.tensor(filled, device=tokens.device)
+
+    def next_(self, logits: Tensor) -> None:
+        """Choose one more id for each row."""
+        self._tokens.copy_(self._choose(self._ids[:, : self._count], logits))
+        self._ids[:, self._count] = self._tokens
+        self._count += 1
+
+
 class _Fetched:
-    """Tokens on their way to the host."""
+    """A copy of tokens on its way to the host."""
 
     def __init__(self, tokens: Tensor) -> None:
         self._event: torch.cuda.Event | None = None
-        self._tokens = tokens
+        self._tokens = torch.empty(tokens.shape, dtype=tokens.dtype, pin_memory=tokens.is_cuda)
+        self._tokens.copy_(tokens, non_blocking=True)
         if tokens.is_cuda:
-            self._tokens = torch.empty(tokens.shape, dtype=tokens.dtype, pin_memory=True)
-            self._tokens.copy_(tokens, non_blocking=True)
             self._event = torch.cuda.Event()
             self._event.record()
 

@@ -147,16 +147,18 @@ class DecodeStep:
 
     @torch.no_grad()
     def prefill(self, prompts: list[list[int]]) -> Tensor:
-        """Fill the cache with B prompts and return the logits after each, `[B, V]`."""
+        """Fill the cache with B prompts and return the logits after each, `[B, V]`.
+
+        `tokens` are the likeliest then, too.
+        """
         longest = max(map(len, prompts))
+        self.positions.copy_(torch.tensor([len(prompt) for prompt in prompts]))
         width = min(-(-longest // _STEP_OF_LENGTH) * _STEP_OF_LENGTH, self.length)
         count = max(_TOKENS_AT_ONCE // width, 1)
         with sdpa_kernel(_BACKENDS, set_priority=True):
             cuts = [slice(start, start + count) for start in range(0, self.batch, count)]
             last = [self._prefill(prompts[cut], self.cache[:, :, cut], width) for cut in cuts]
-        self.positions.copy_(torch.tensor([len(prompt) for prompt in prompts]))
-        logits: Tensor = self.head(self.final(torch.cat(last)))
-        return logits
+        return self._logits(torch.cat(last))
 
     def _prefill(self, prompts: list[list[int]], caches: Tensor, width: int) -> Tensor:
         """Fill the caches of b prompts and return the hidden states after each, `[b, H]`."""
@@ -164,16 +166,21 @@ class DecodeStep:
         # Padding on the right: no token sees what comes after it, and the next ones overwrite it.
         padded = [[*prompt, *[0] * (width - len(prompt))] for prompt in prompts]
         x = self.body.embed_tokens(torch.tensor(padded, device=device)).flatten(0, 1)
+        # Sent before the layers are queued: such a copy waits for what is.
+        ends = [row * width + len(prompt) - 1 for row, prompt in enumerate(prompts)]
+        lasts = torch.tensor(ends, device=device)
         angles = (self.cos[:width].repeat(batch, 1), self.sin[:width].repeat(batch, 1))
         layout = Layout(batch, width, max_length=width)
         for layer, cache in zip(self.layers, caches, strict=True):
             x = _prefill_layer(layer.fused, x, angles, layout, cache)
-        lasts = [row * width + len(prompt) - 1 for row, prompt in enumerate(prompts)]
-        return x[torch.tensor(lasts, device=device)]
+        return x[lasts]
 
     @torch.no_grad()
     def __call__(self) -> Tensor:
-        """Take `tokens` in at `positions`, move on by one, and return the logits `[B, V]`."""
+        """Take `tokens` in at `positions`, move on by one, and return the logits `[B, V]`.
+
+        `tokens` are then the likeliest next ones; whoever wants others writes them there.
+        """
         x = self.body.embed_tokens(self.tokens)
         for layer, (keys, values) in zip(self.layers, self.cache, strict=True):
             qkv = matvec_4bit(x, layer.qkv, before=layer.before_attention)
@@ -184,7 +191,12 @@ class DecodeStep:
             gate_up = matvec_4bit(x, layer.gate_up, before=layer.before_mlp)
             x = matvec_4bit(gate_up, layer.down, before=layer.gate, residual=x)
         self.positions += 1
+        return self._logits(x)
+
+    def _logits(self, x: Tensor) -> Tensor:
+        """Return the logits `[B, V]` of hidden states, and put the likeliest into `tokens`."""
         logits: Tensor = self.head(self.final(x))
+        torch.argmax(logits, -1, out=self.tokens)
         return logits
 
 

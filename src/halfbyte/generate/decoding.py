@@ -93,8 +93,11 @@ class Decoding:
         return self._decoder
 
 
-def chooser(sampling: Sampling) -> Choose:
-    """Return how `transformers.generate` chooses the next tokens with these settings."""
+def chooser(sampling: Sampling) -> Choose | None:
+    """Return how `transformers.generate` chooses the next tokens with these settings.
+
+    None: the likeliest.
+    """
     processors = LogitsProcessorList()
     if sampling.repetition_penalty != 1:
         processors.append(RepetitionPenaltyLogitsProcessor(sampling.repetition_penalty))
@@ -105,9 +108,11 @@ def chooser(sampling: Sampling) -> Choose:
         if sampling.top_p < 1:
             processors.append(TopPLogitsWarper(sampling.top_p))
 
+    if not processors:
+        return None
+
     def choose(ids: Tensor, logits: Tensor) -> Tensor:
-        if processors:
-            logits = cast(Any, processors)(ids, logits.float())
+        logits = cast(Any, processors)(ids, logits.float())
         if sampling.temperature == 0:
             return logits.argmax(-1)
         return torch.multinomial(logits.softmax(-1), 1).squeeze(1)
