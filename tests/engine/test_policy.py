@@ -63,28 +63,49 @@ def test_what_activations_leave_free_is_for_dequantized_weights():
 def test_inputs_go_to_the_host_where_a_level_does_not_fit_and_lift_late_layers(below, enough):
     sizes = LayerBytes(10, 30, 100)
     cost = {"offload": 0, "input": 10, "attention": 30, "all": 100}
-    assert choose(6, sizes, 0, offload_below=below) == ["offload"] * 5 + ["input"]
-    assert choose(6, sizes, 59, offload_below=below) == ["offload"] * 5 + ["attention"]
-    assert choose(6, sizes, enough, offload_below=below) == choose(6, sizes, enough)
-    for budget in range(least_bytes(6, sizes, offloads=True), enough):
-        levels = choose(6, sizes, budget, offload_below=below)
+    assert choose(6, sizes, 0, offload_below=below, host_layers=6) == ["offload"] * 5 + ["input"]
+    assert choose(6, sizes, 59, offload_below=below, host_layers=6) == ["offload"] * 5 + [
+        "attention"
+    ]
+    assert choose(6, sizes, enough, offload_below=below, host_layers=6) == choose(6, sizes, enough)
+    for budget in range(least_bytes(6, sizes, 6), enough):
+        levels = choose(6, sizes, budget, offload_below=below, host_layers=6)
         assert sum(cost[level] for level in levels) + 2 * 10 <= budget
-    assert choose(1, sizes, 0, offload_below=below) == ["input"]
+    assert choose(1, sizes, 0, offload_below=below, host_layers=6) == ["input"]
+
+
+def test_a_host_that_holds_some_inputs_takes_those():
+    sizes = LayerBytes(10, 30, 100)
+    assert choose(6, sizes, 0, host_layers=4) == ["offload"] * 4 + ["input"] * 2
+    assert choose(6, sizes, 59, host_layers=4) == ["offload"] * 4 + ["input"] * 2
+    assert choose(6, sizes, 60, host_layers=4) == choose(6, sizes, 60)  # all fit on the device
+    wide = LayerBytes(10, 15, 100)
+    assert choose(6, wide, 55, host_layers=4) == ["offload"] * 4 + ["attention"] * 2
+    assert choose(6, wide, 48, host_layers=4) == ["offload"] * 4 + ["input", "attention"]
+    cost = {"offload": 0, "input": 10, "attention": 15}
+    for host_layers in range(7):
+        least = least_bytes(6, wide, host_layers)
+        for budget in range(least, 60):
+            levels = choose(6, wide, budget, host_layers=host_layers)
+            assert levels.count("offload") <= host_layers
+            staged = 20 if "offload" in levels else 0
+            assert sum(cost[level] for level in levels) + staged <= budget
+    assert [least_bytes(6, wide, some) for some in (0, 1, 4, 5, 6)] == [60, 60, 40, 30, 30]
 
 
 def test_a_number_of_bytes_is_spent_on_more_layers_than_auto_spends_it_on():
     sizes = LayerBytes(10, 30, 100)
-    levels = [plan(memory, 32, sizes, 50, 640, offloads=True).levels for memory in ("auto", 640)]
+    levels = [plan(memory, 32, sizes, 50, 640, host_layers=32).levels for memory in ("auto", 640)]
     assert [some.count("attention") for some in levels] == [16, 20]
     assert [some.count("offload") for some in levels] == [0, 12]
 
 
 def test_lean_keeps_the_least_that_there_is():
     sizes = LayerBytes(10, 30, 100)
-    assert plan("lean", 3, sizes, 50, 10**9, offloads=True).levels == ["offload"] * 2 + ["input"]
-    assert plan("auto", 3, sizes, 50, 10**9, offloads=True).levels == ["all"] * 3
-    assert least_bytes(80, sizes, offloads=True) == 30
-    assert least_bytes(80, sizes, offloads=False) == 800
+    assert plan("lean", 3, sizes, 50, 10**9, host_layers=3).levels == ["offload"] * 2 + ["input"]
+    assert plan("auto", 3, sizes, 50, 10**9, host_layers=3).levels == ["all"] * 3
+    assert least_bytes(80, sizes, 80) == 30
+    assert least_bytes(80, sizes, 0) == 800
 
 
 def test_tiles_are_smaller_than_the_whole_and_take_less():

@@ -238,7 +238,9 @@ class FusedBody:
         shape, hidden_size = layer.shape, layer.qkv.inputs
         tokens = num_tokens * 9 // 8
         sizes = policy.LayerBytes.of(shape, hidden_size, tokens, itemsize)
-        offloads = host_bytes is None or count * sizes.input <= host_bytes * _HOST_SHARE
+        on_host = count
+        if host_bytes is not None:
+            on_host = min(int(host_bytes * _HOST_SHARE) // sizes.input, count)
         largest = max(layer.largest_weight_bytes(itemsize) for layer in self.layers)
         all_weights = max(layer.weight_bytes(itemsize) for layer in self.layers)
         left = tile = 0
@@ -246,10 +248,10 @@ class FusedBody:
             working = policy.working_bytes(shape, hidden_size, tokens, itemsize, tile)
             working += max(layer.quantized_bytes(tokens, tile) for layer in self.layers)
             left = int(free_bytes * (1 - _RESERVE)) - working - (all_weights if tile else largest)
-            if left >= policy.least_bytes(count, sizes, offloads=offloads):
+            if left >= policy.least_bytes(count, sizes, on_host):
                 break
         budget = self.memory if isinstance(self.memory, int) else left
-        choice = policy.plan(self.memory, count, sizes, all_weights, budget, offloads=offloads)
+        choice = policy.plan(self.memory, count, sizes, all_weights, budget, host_layers=on_host)
         return replace(choice, tile=tile)
 
     def smaller_tile(self, num_tokens: int) -> int | None:

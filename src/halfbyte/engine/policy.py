@@ -11,9 +11,9 @@ and attention costs more the longer the sequence is: so `auto` first lifts every
 to "attention", then as many as fit to "all". What is left after that holds dequantized weights,
 which spares a layer two dequantizations a step: per byte that gains least.
 
-Where not even every layer's input fits, and where the least is wanted, inputs go to the host. What
-they leave is for "attention" of as many layers as fit. If that is not enough either, the MLP runs
-over tiles of tokens.
+Where not even every layer's input fits, and where the least is wanted, inputs go to the host, of as
+many layers as it has room for. What they leave is for "attention" of as many layers as fit. If that
+is not enough either, the MLP runs over tiles of tokens.
 """
 
 from dataclasses import dataclass
@@ -107,10 +107,12 @@ def logit_rows(memory: str | int, tile: int) -> int | None:
     return _LOGIT_ROWS if memory == "lean" or tile else None
 
 
-def least_bytes(num_layers: int, sizes: LayerBytes, *, offloads: bool) -> int:
-    """Return what all layers save at least."""
+def least_bytes(num_layers: int, sizes: LayerBytes, host_layers: int) -> int:
+    """Return what all layers save at least where the host has room for so many inputs."""
     # The last input stays: it is read again at once.
-    return min(num_layers, _STAGED + 1) * sizes.input if offloads else num_layers * sizes.input
+    resident = max(num_layers - host_layers, 1)
+    staged = _STAGED if host_layers else 0
+    return min(num_layers, resident + staged) * sizes.input
 
 
 def plan(
@@ -120,7 +122,7 @@ def plan(
     weight_bytes: int,
     free_bytes: int,
     *,
-    offloads: bool = False,
+    host_layers: int = 0,
 ) -> Choice:
     """Return what the layers keep.
 
@@ -131,22 +133,27 @@ def plan(
         sizes: Of a layer's activations.
         weight_bytes: Of a layer's dequantized weights.
         free_bytes: What may be spent.
-        offloads: Whether inputs may go to the host.
+        host_layers: How many layers' inputs the host has room for.
     """
     if memory == "lean":
-        return Choice(choose(num_layers, sizes, 0, offload_below="input" if offloads else None))
+        return Choice(choose(num_layers, sizes, 0, offload_below="input", host_layers=host_layers))
     is_fast = memory == "fast"
     levels = ["all"] * num_layers
     if not is_fast:
         # Who names a number of bytes gets the most out of them; `auto` leaves the host alone.
         below = "attention" if isinstance(memory, int) else "input"
-        levels = choose(num_layers, sizes, free_bytes, offload_below=below if offloads else None)
+        levels = choose(num_layers, sizes, free_bytes, offload_below=below, host_layers=host_layers)
     left = free_bytes - sum(sizes.at(level) for level in levels)
     return Choice(levels, min(max(left, 0) // weight_bytes, num_layers))
 
 
 def choose(
-    num_layers: int, sizes: LayerBytes, budget_bytes: int, *, offload_below: str | None = None
+    num_layers: int,
+    sizes: LayerBytes,
+    budget_bytes: int,
+    *,
+    offload_below: str = "input",
+    host_layers: int = 0,
 ) -> list[str]:
     """Return what each layer keeps so that the sum stays within `budget_bytes`.
 
@@ -156,13 +163,12 @@ def choose(
         num_layers: Of the model.
         sizes: Of a layer's activations.
         budget_bytes: What they may take.
-        offload_below: Inputs go to the host where not all layers can have this level; None: never.
+        offload_below: Inputs go to the host where not all layers can have this level.
+        host_layers: How many of them it has room for.
     """
     left = budget_bytes - num_layers * sizes.input
-    if offload_below is not None and budget_bytes < num_layers * sizes.at(offload_below):
-        lifted = max((budget_bytes - _STAGED * sizes.input) // sizes.attention, 0)
-        above = ["attention"] * lifted or ["input"]
-        return ["offload"] * (num_layers - len(above)) + above
+    if host_layers and budget_bytes < num_layers * sizes.at(offload_below):
+        return _with_host(num_layers, sizes, budget_bytes, host_layers)
     levels = ["input"] * num_layers
     for better, cost in (
         ("attention", sizes.attention - sizes.input),
@@ -177,3 +183,18 @@ def choose(
                 levels[index] = better
                 left -= cost
     return levels
+
+
+def _with_host(
+    num_layers: int, sizes: LayerBytes, budget_bytes: int, host_layers: int
+) -> list[str]:
+    """Return levels of which the lower ones are on the host, of as many layers as are needed."""
+    resident = max(num_layers - host_layers, 0)
+    room = budget_bytes - _STAGED * sizes.input
+    lifted = room // sizes.attention
+    if lifted < resident:  # then some of the others stay, too
+        lifted = (room - resident * sizes.input) // (sizes.attention - sizes.input)
+    lifted = max(lifted, 0)
+    inputs = max(resident - lifted, 0 if lifted else 1)
+    levels = ["input"] * inputs + ["attention"] * lifted
+    return ["offload"] * (num_layers - len(levels)) + levels
