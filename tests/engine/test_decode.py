@@ -104,6 +104,20 @@ def test_it_knows_when_the_model_is_another(model):
     assert cache_fits(model, 1, 1 << 40)
 
 
+def test_it_knows_when_another_adapter_counts_or_counts_more(model):
+    model.add_adapter("other", LoraConfig(r=2))
+    decoder = Decoder(model, batch=1, length=16)
+    model.set_adapter("other")
+    assert not decoder.serves(model, batch=1, length=8)
+    model.set_adapter("default")
+    assert decoder.serves(model, batch=1, length=8)
+    layer = model.get_submodule("base_model.model.model.layers.1.self_attn.q_proj")
+    layer.scale_layer(2.0)
+    assert not decoder.serves(model, batch=1, length=8)
+    layer.unscale_layer()
+    model.delete_adapter("other")
+
+
 def test_what_does_not_fit_is_named(model):
     assert obstacle(model) is None
     tiny = GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=8)

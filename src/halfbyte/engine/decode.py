@@ -220,16 +220,28 @@ def _parts(model: Any) -> tuple[Any, Any]:
 
 
 def _signature(model: nn.Module) -> tuple[Any, ...]:
-    """Return what a decoder relies on: where the tensors are, and which adapters count how much."""
-    places = tuple(tensor.data_ptr() for tensor in model.parameters())
-    layers: list[Any] = [module for module in model.modules() if hasattr(module, "lora_A")]
-    adapters = tuple(
-        (
-            tuple(layer.active_adapters),
-            tuple(layer.merged_adapters),
-            layer.disable_adapters,
-            tuple(layer.scaling.items()),
-        )
-        for layer in layers
-    )
+    """Return what a decoder relies on: where the tensors are, and which adapters count how much.
+
+    It is asked for before each answer. `model.modules()` goes through a generator for each level,
+    and takes a 32-layer model several times as long.
+    """
+    places: list[int] = []
+    adapters: list[Any] = []
+    rest: list[Any] = [model]
+    while rest:
+        module = rest.pop()
+        children = module._modules
+        rest += [child for child in children.values() if child is not None]
+        places += [
+            tensor.data_ptr() for tensor in module._parameters.values() if tensor is not None
+        ]
+        if "lora_A" in children:
+            adapters.append(
+                (
+                    tuple(module.active_adapters),
+                    tuple(module.merged_adapters),
+                    module.disable_adapters,
+                    tuple(module.scaling.items()),
+                )
+            )
     return places, adapters
