@@ -28,6 +28,8 @@ from halfbyte.kernels.matvec_4bit import matvec_4bit
 from halfbyte.kernels.matvec_4bit_parts import Group
 from halfbyte.quant.weight import QuantizedWeight
 
+# Of each kind, the median of which is told.
+ANSWERS = 5
 # Outputs of the siblings, and inputs.
 PRODUCTS = {
     "qkv": ((4096, 1024, 1024), 4096),
@@ -37,12 +39,8 @@ PRODUCTS = {
 }
 
 
-def greedy(_: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
-    return logits.argmax(-1)
-
-
 def adapted_model(shape: str, rank: int, device: torch.device) -> nn.Module:
-    """Return the random model with an adapter that says something."""
+    """Return the random model with an adapter that says something, as `load_adapter` leaves it."""
     model = gpu_step.random_model(shape, device)
     model = hb.add_lora(model, hb.LoraConfig(r=rank, lora_alpha=2 * rank)).eval()
     torch.manual_seed(1)
@@ -50,7 +48,7 @@ def adapted_model(shape: str, rank: int, device: torch.device) -> nn.Module:
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
                 parameter.normal_(0, 0.01)
-    return model
+    return model.requires_grad_(requires_grad=False)
 
 
 @torch.no_grad()
@@ -105,26 +103,37 @@ def measure(model: nn.Module, batch: int, prompt: int, new_tokens: int) -> dict:
     torch.cuda.synchronize()
     made = time.perf_counter() - start
     prompts = random_ids(model, batch, prompt).tolist()
-    answers = decoder.generate(prompts, max_new_tokens=8, stop=[], choose=greedy)
-    start = time.perf_counter()
-    again = decoder.generate(prompts, max_new_tokens=1, stop=[], choose=greedy)
-    first = time.perf_counter() - start
-    start = time.perf_counter()
-    answers = decoder.generate(prompts, max_new_tokens=new_tokens, stop=[], choose=greedy)
-    seconds = time.perf_counter() - start
-    assert [a[:1] for a in answers] == again
+    decoder.generate(prompts, max_new_tokens=8, stop=[])
+    firsts, seconds = [], []
+    for _ in range(ANSWERS):
+        took, again = clocked(lambda: decoder.generate(prompts, max_new_tokens=1, stop=[]))
+        firsts.append(took)
+        took, answers = clocked(
+            lambda: decoder.generate(prompts, max_new_tokens=new_tokens, stop=[])
+        )
+        seconds.append(took)
+        assert [a[:1] for a in answers] == again
+    first, whole = statistics.median(firsts), statistics.median(seconds)
     step = decoder._step
     step.positions.fill_(prompt)
     replay_ms = timed(decoder._advance, new_tokens)
     return {
-        "tokens_per_second": round(batch * (new_tokens - 1) / (seconds - first), 1),
-        "with_prefill_tokens_per_second": round(batch * new_tokens / seconds, 1),
-        "ms_a_token": round((seconds - first) * 1e3 / (new_tokens - 1), 3),
+        "tokens_per_second": round(batch * (new_tokens - 1) / (whole - first), 1),
+        "with_prefill_tokens_per_second": round(batch * new_tokens / whole, 1),
+        "ms_a_token": round((whole - first) * 1e3 / (new_tokens - 1), 3),
         "graph_ms_a_token": round(replay_ms, 3),
         "prefill_ms": round(first * 1e3, 1),
+        "prefill_ms_from_to": [round(f(firsts) * 1e3, 1) for f in (min, max)],
         "decoder_made_in_s": round(made, 2),
         "peak_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2),
     }
+
+
+def clocked(run) -> tuple[float, list]:
+    """Return the seconds that a run takes, and what it returns."""
+    start = time.perf_counter()
+    result = run()
+    return time.perf_counter() - start, result
 
 
 def timed(run, count: int) -> float:
@@ -138,20 +147,25 @@ def timed(run, count: int) -> float:
     return begin.elapsed_time(end) / count
 
 
-def step_profile(model: nn.Module, batch: int, length: int) -> list[str]:
-    """Return the kernels of one step by their time."""
+def profiles(model: nn.Module, batch: int, prompt: int) -> list[str]:
+    """Return the kernels of a prefill, and of one step, by their time."""
     base = model.get_base_model()
-    step = DecodeStep(base.model, base.lm_head, batch, length)
-    step()
-    kinds = [torch.profiler.ProfilerActivity.CUDA]
-    with torch.profiler.profile(activities=kinds) as trace:
-        step()
-        torch.cuda.synchronize()
-    events = sorted(trace.key_averages(), key=lambda event: -event.self_device_time_total)
-    return [
-        f"{event.self_device_time_total:9.1f} us {event.count:5d} x {event.key[:70]}"
-        for event in events[:10]
-    ]
+    step = DecodeStep(base.model, base.lm_head, batch, prompt + 8)
+    prompts = random_ids(model, batch, prompt).tolist()
+    lines = []
+    for name, run in (("prefill", lambda: step.prefill(prompts)), ("step", step)):
+        run()
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as trace:
+            run()
+            torch.cuda.synchronize()
+        events = sorted(trace.key_averages(), key=lambda event: -event.self_device_time_total)
+        total = sum(event.self_device_time_total for event in events)
+        lines.append(f"{total:9.1f} us of kernels in a {name}")
+        lines += [
+            f"{event.self_device_time_total:9.1f} us {event.count:5d} x {event.key[:70]}"
+            for event in events[:10]
+        ]
+    return lines
 
 
 @torch.no_grad()
@@ -202,7 +216,9 @@ def main() -> None:
     parser.add_argument("--new-tokens", type=int, default=256)
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--products", action="store_true", help="only the products, alone")
-    parser.add_argument("--profile", action="store_true", help="kernels of one step by time")
+    parser.add_argument(
+        "--profile", action="store_true", help="kernels of a prefill and a step by time"
+    )
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     device = torch.device("cuda")
@@ -220,7 +236,7 @@ def main() -> None:
         results.append(result)
         print(json.dumps(result), flush=True)
         if args.profile:
-            print("\n".join(step_profile(model, batch, args.prompt + 8)), flush=True)
+            print("\n".join(profiles(model, batch, args.prompt)), flush=True)
     if args.out:
         machine = {
             "card": torch.cuda.get_device_name(), "torch": torch.__version__, "model": args.model,
