@@ -1,5 +1,7 @@
+import contextlib
 import subprocess
 import sys
+import types
 
 import torch
 
@@ -16,7 +18,25 @@ def test_ops_serve_each_device_from_its_twin(monkeypatch):
 
 def test_a_twin_may_lack_an_op_and_the_reference_serves():
     serve = registry._lazy(nf4_cpu.__name__, "quantize_3bit", lambda x: ("reference", x))
-    assert serve(1) == ("reference", 1)
+    x = torch.ones(1)
+    assert serve(x) == ("reference", x)
+
+
+def test_a_twin_runs_on_the_gpu_of_its_tensor(monkeypatch):
+    entered = []
+
+    @contextlib.contextmanager
+    def device_of(tensor):
+        entered.append(tensor.get_device())
+        yield
+        entered.append("left")
+
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "device_of", device_of)
+    serve = registry._lazy(nf4_cpu.__name__, "quantize_3bit", lambda x: entered.append("ran"))
+    for index in (0, 1):
+        serve(types.SimpleNamespace(is_cuda=True, get_device=lambda index=index: index))
+    assert entered == ["ran", 1, "ran", "left"]
 
 
 def test_shapes_are_known_without_data():

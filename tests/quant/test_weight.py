@@ -71,6 +71,16 @@ def test_refuses_what_is_not_finite(bad, dtype):
         QuantizedWeight.quantize(weight)
 
 
+def test_refuses_scales_whose_mean_may_overflow_and_no_smaller_ones():
+    for everywhere in (False, True):  # the mean overflows only where all are large
+        weight = torch.full((64, 64), 1e38 if everywhere else 0.01)
+        weight[5, 7] = 1e38
+        with pytest.raises(QuantizationError, match="overflow"):
+            QuantizedWeight.quantize(weight)
+        assert QuantizedWeight.quantize(weight, double_quant=False).dequantize().isfinite().all()
+    QuantizedWeight.quantize(torch.full((64, 64), 5e36))
+
+
 @pytest.mark.parametrize("weight", [torch.ones(2, 2, dtype=torch.int32), torch.empty(0, 64)])
 def test_refuses_what_is_no_weight(weight):
     with pytest.raises(QuantizationError, match="expected"):

@@ -55,7 +55,7 @@ def quantize_4bit(
             "expected a float32, float16 or bfloat16 weight with at least one element,"
             f" got {weight.dtype} of shape {list(weight.shape)}"
         )
-    return torch.ops.halfbyte.quantize_4bit(
+    return torch.ops.halfbyte.quantize_4bit.default(
         weight.detach(), block_size=block_size, quant_type=quant_type
     )
 
@@ -88,7 +88,7 @@ def quantize_absmax(absmax: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, t
         absmax_u8 uint8 [B], nested_absmax float32 [ceil(B / 256)] and their offset, float32 [].
     """
     offset = absmax.mean()
-    absmax_u8, nested_absmax = torch.ops.halfbyte.quantize_blockwise(absmax, offset)
+    absmax_u8, nested_absmax = torch.ops.halfbyte.quantize_blockwise.default(absmax, offset)
     return absmax_u8, nested_absmax, offset
 
 

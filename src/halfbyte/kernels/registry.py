@@ -38,14 +38,20 @@ def register_op(
 
 
 def _lazy(module: str, function: str, reference: Callable[..., Any]) -> Callable[..., Any]:
-    """Return a function that imports `module` when it is first called; it may lack `function`."""
+    """Return a function that imports `module` when it is first called; it may lack `function`.
+
+    It runs on the GPU of its first argument, a tensor.
+    """
 
     @functools.cache
     def find() -> Callable[..., Any]:
         found: Callable[..., Any] = getattr(importlib.import_module(module), function, reference)
         return found
 
-    def call(*args: Any, **kwargs: Any) -> Any:
-        return find()(*args, **kwargs)
+    def call(first: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        if not first.is_cuda or first.get_device() == torch.cuda.current_device():
+            return find()(first, *args, **kwargs)
+        with torch.cuda.device_of(first):  # Triton launches on the current one
+            return find()(first, *args, **kwargs)
 
     return call

@@ -16,6 +16,8 @@ from torch import Tensor
 from halfbyte.errors import QuantizationError
 from halfbyte.kernels import codebooks, nf4
 
+_LARGEST_SUM = torch.finfo(torch.float32).max
+
 
 @dataclass(frozen=True)
 class QuantizedWeight:
@@ -60,14 +62,13 @@ class QuantizedWeight:
             QuantizationError: it is empty or of another dtype, or holds NaN, Inf or numbers whose
                 scales have no mean.
         """
-        weight = weight.detach()
         packed, absmax = nf4.quantize_4bit(weight, block_size=block_size, quant_type=quant_type)
         scales, nested_absmax, nested_map, offset = absmax, None, None, None
         if double_quant:
             scales, nested_absmax, offset = nf4.quantize_absmax(absmax)
             nested_map = codebooks.dynamic_map().to(weight.device, non_blocking=True)
         # Looked at last: on a GPU whoever looks waits for all that was started before.
-        _check_scales(absmax, weight.shape, double_quant=double_quant)
+        _check_scales(absmax, offset, weight.shape)
         return cls(
             packed=packed,
             absmax=scales,
@@ -131,15 +132,24 @@ class QuantizedWeight:
         return dataclasses.replace(self, **moved)
 
 
-def _check_scales(absmax: Tensor, shape: torch.Size, *, double_quant: bool) -> None:
-    """Refuse a weight by its scales: a block's is finite exactly where all of its elements are."""
+def _check_scales(absmax: Tensor, mean: Tensor | None, shape: torch.Size) -> None:
+    """Refuse a weight by its scales: a block's is finite exactly where all of its elements are.
+
+    Args:
+        absmax: The scales.
+        mean: Theirs, with double quantization.
+        shape: Of the weight.
+    """
+    # No scale is above their sum. The mean, which is there, spares most weights the largest one.
+    if mean is not None and float(mean) * absmax.numel() ** 2 < _LARGEST_SUM / 2:
+        return
     largest = float(absmax.amax())  # NaN is a maximum
     if not math.isfinite(largest):
         raise QuantizationError(
             f"a weight of shape {list(shape)} holds NaN or Inf",
             hint="the checkpoint is damaged or its training diverged: take another one",
         )
-    if double_quant and largest * absmax.numel() > torch.finfo(torch.float32).max:
+    if mean is not None and largest * absmax.numel() > _LARGEST_SUM:
         raise QuantizationError(
             f"a weight of shape {list(shape)} holds {largest:.3g}, and the mean of its scales may "
             "overflow",
