@@ -36,15 +36,22 @@ def _group(outputs, K, rank, device, dtype, *, bias=True, **settings):
 
 
 def _exact(x, group, before, residual):
-    """The formula in float64, with the weights as they are dequantized in float32."""
+    """The formula in float64, with the weights as they are dequantized in float32.
+
+    On the CPU: on a GPU norms and gates would go to Triton, which computes in float32.
+    """
+
+    def wide(tensor):
+        return None if tensor is None else tensor.cpu().double()
+
     double = Group(
-        tuple(w.dequantize(torch.float32).double() for w in group.weights),
-        *(None if t is None else t.double() for t in (group.lora_A, group.lora_B, group.bias)),
+        tuple(wide(w.dequantize(torch.float32)) for w in group.weights),
+        *map(wide, (group.lora_A, group.lora_B, group.bias)),
     )
-    norm = isinstance(before, Norm)
-    before = Norm(before.weight.double(), before.eps) if norm else before
-    residual = None if residual is None else residual.double()
-    return matvec_4bit.__wrapped__(x.double(), double, before=before, residual=residual)
+    if isinstance(before, Norm):
+        before = Norm(wide(before.weight), before.eps)
+    y = matvec_4bit.__wrapped__(wide(x), double, before=before, residual=wide(residual))
+    return y.to(x.device)
 
 
 def _error(actual, exact):
@@ -111,27 +118,6 @@ def test_every_kind_of_weight_and_dtype(tokens, settings, triton_device):
     bound = 2e-3 if tokens > 1 else 1e-6 if triton_device.type == "cpu" else 1e-3
     assert _error(twin.matvec_4bit(x, group), exact) < bound
     assert _error(matvec_4bit.__wrapped__(x, group), exact) < 1e-6
-
-
-@pytest.mark.parametrize(
-    ("lanes", "outputs", "K", "settings"),
-    [
-        (32, (37, 2), 1024, {}),
-        (64, (5, 2), 4160, {"block_size": 32}),
-        (64, (5,), 8192, {"block_size": 4096}),
-        (128, (37, 2), 1024, {}),
-        (128, (5, 2), 4160, {"double_quant": False}),
-    ],
-)
-def test_warps_may_share_rows(lanes, outputs, K, settings, triton_device, monkeypatch):
-    """Steps along the inputs may be parts of K or not fit into it; scales of scales change."""
-    twin = pytest.importorskip("halfbyte.kernels.matvec_4bit_triton")
-    monkeypatch.setattr(twin, "_PROGRAMS", {8192: twin.Program(lanes=lanes)})
-    torch.manual_seed(0)
-    group = _group(outputs, K, 3, triton_device, torch.float32, **settings)
-    x = torch.randn(1, K, device=triton_device)
-    bound = 1e-6 if triton_device.type == "cpu" else 1e-3
-    assert _error(twin.matvec_4bit(x, group), _exact(x, group, None, None)) < bound
 
 
 def test_what_the_kernels_cannot_serve_takes_the_reference(triton_device):

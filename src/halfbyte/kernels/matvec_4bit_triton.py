@@ -1,15 +1,13 @@
 """Products of one or a few tokens with 4-bit weights on CUDA.
 
 One token takes two launches. The first applies what stands before the product, makes `x A^T` and
-puts x in order for the second, which reads the codes: a lane reads 16 bytes of each of its
-program's rows at a time.
+puts x in order for the second, which reads the codes: a program is one warp, and a lane reads 16
+bytes of each of its rows at a time.
 
 `lookup_4bit` says how codes become numbers.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs
-
-from typing import NamedTuple
 
 import torch
 import triton
@@ -31,27 +29,14 @@ from halfbyte.kernels.matvec_4bit_tokens_triton import several_tokens
 from halfbyte.kernels.rms_norm import Norm
 
 MAX_TOKENS = 128
+_LANES = 32
+# Rows of a program, which is one warp, and its registers. Of Llama 8B's four products on an H100
+# 4 and 168 took 86.9 us together, 4 and 128 87.5, 2 and 80 91.6, 8 and 255 100.7; two or four warps
+# that share the rows of few outputs gained nothing either.
+_ROWS, _REGISTERS = 4, 168
 # Of the first launch: programs of a part at least, inputs of a part at most, and these times the
 # parts of attention that are joined there.
 _PREPARE_PROGRAMS, _MAX_BLOCK, _MAX_JOINED = 16, 4096, 8192
-
-
-class Program(NamedTuple):
-    """What a program of the second launch is: rows, lanes along the inputs, registers of a lane."""
-
-    rows: int = 4
-    lanes: int = 32
-    registers: int = 128
-
-
-# By the most outputs that they are for: with few, more warps share a row, that there be enough of
-# them to hide each other's waiting (16 fit on a multiprocessor).
-_PROGRAMS = {8192: Program(lanes=64)}
-
-
-def program_for(outputs: int) -> Program:
-    """Return the program for so many outputs."""
-    return next((p for most, p in _PROGRAMS.items() if outputs <= most), Program())
 
 
 @triton.jit
@@ -109,28 +94,14 @@ def _codes(packed, row, is_row, words, WORDS: tl.constexpr):
 
 
 @triton.jit
-def _fence(tables, ASM: tl.constexpr):
-    """Keep the compiler from moving loads behind this, to where their results are needed."""
-    if ASM != "":
-        tl.inline_asm_elementwise(
-            "bar.warp.sync 0xffffffff; mov.b32 $0, 0;", "=r,l", [tables],
-            dtype=tl.int32, is_pure=False, pack=1,
-        )  # fmt: skip
-
-
-@triton.jit
-def _scale_parts(absmax, nested, first, at, mask, is_shared: tl.constexpr, NESTED: tl.constexpr):
-    """Return what the scales of these blocks are made of: codes and their scales, or themselves.
-
-    They are `at` behind block `first`; `is_shared` says that one scale is that of all their codes.
-    """
-    level = tl.load(absmax + first + at, mask=mask, other=0)
+def _scale_parts(absmax, nested, row, is_row, block, BLOCKS: tl.constexpr, NESTED: tl.constexpr):
+    """Return what the scales of these blocks are made of: codes and their scales, or themselves."""
+    at = row[:, None] * BLOCKS + block
+    mask = is_row[:, None] & (block < BLOCKS)
+    level = tl.load(absmax + at, mask=mask, other=0)
     outer = level
     if NESTED:
-        if is_shared:
-            outer = tl.load(nested + first // 256)
-        else:
-            outer = tl.load(nested + (first + at) // 256, mask=mask, other=0.0)
+        outer = tl.load(nested + at // 256, mask=mask, other=0.0)
     return level, outer
 
 
@@ -234,33 +205,22 @@ def _matvec_kernel(
         beside = tl.load(residual + at, mask=is_row, other=0.0)
     WORDS: tl.constexpr = K // 8
     words = tl.arange(0, LANES * 4)[None, :]
-    # Each lane loads the scales that it needs itself: so many that they lie in one dimension, which
-    # Triton deals to lanes as it does the others.
-    BLOCKS: tl.constexpr = K // SIZE
-    IS_SHARED: tl.constexpr = 256 % (ROWS * BLOCKS) == 0
-    one = tl.arange(0, ROWS * LANES)
-    word = one % LANES * 4
-    first_block = tile * (ROWS * BLOCKS)
-    row_blocks = one // LANES * BLOCKS
-    is_own = one // LANES < N - tile * ROWS
+    # Of these words; where blocks are longer, a part of one.
+    NUM_BLOCKS: tl.constexpr = max(LANES * 32 // SIZE, 1)
+    block = tl.arange(0, NUM_BLOCKS)[None, :]
     codes = _codes(packed, row, is_row, words, WORDS)
-    level, outer = _scale_parts(
-        absmax, nested, first_block, row_blocks + word // (SIZE // 8), is_own & (word < WORDS),
-        IS_SHARED, NESTED,
-    )  # fmt: skip
+    level, outer = _scale_parts(absmax, nested, row, is_row, block, K // SIZE, NESTED)
     t0, t1, t2, t3, t4, t5, t6, t7 = _words(tables, ASM)
     acc = tl.zeros([ROWS, LANES], tl.float32)
-    for _ in tl.range(0, WORDS, LANES * 4):
+    for start in tl.range(0, WORDS, LANES * 4):
         ahead = _codes(packed, row, is_row, words + LANES * 4, WORDS)
         scale = level
         if NESTED:
             scale = tl.load(nested_map + level.to(tl.int32)) * outer + mean
-        word += LANES * 4
-        level, outer = _scale_parts(
-            absmax, nested, first_block, row_blocks + word // (SIZE // 8), is_own & (word < WORDS),
-            IS_SHARED, NESTED,
-        )  # fmt: skip
-        _fence(tables, ASM)
+        block = (start + LANES * 4) * 8 // SIZE + tl.arange(0, NUM_BLOCKS)[None, :]
+        level, outer = _scale_parts(absmax, nested, row, is_row, block, K // SIZE, NESTED)
+        # Else the compiler moves these loads to where their results are needed.
+        tl.debug_barrier()
         is_in = words < WORDS
         x0 = tl.load(x + words, mask=is_in, other=0.0)
         x1 = tl.load(x + WORDS + words, mask=is_in, other=0.0)
@@ -283,6 +243,7 @@ def _matvec_kernel(
         if SHIFT != 0:
             total = ((x0 + x1) + (x2 + x3)) + ((x4 + x5) + (x6 + x7))
             s += tl.sum(total.reshape(1, LANES, 4), 2) * SHIFT
+        scale = tl.broadcast_to(scale[:, :, None], (ROWS, NUM_BLOCKS, LANES // NUM_BLOCKS))
         acc += s * scale.reshape(ROWS, LANES)
         codes = ahead
         words += LANES * 4
@@ -364,18 +325,16 @@ def multiply(prepared, xa, group, residual, dtype, how) -> Tensor:
     """Return what is left to do for one token after `prepare`, `[1, N]`."""
     first = group.weights[0]
     pointers, outputs = weights_of(group, prepared, torch.int32)
-    program = program_for(sum(outputs))
     ranks = 0 if group.lora_A is None else group.lora_A.shape[0]
     rank = ranks // len(group.weights)
     out = torch.empty(1, sum(outputs), dtype=dtype, device=prepared.device)
-    _matvec_kernel[(sum(triton.cdiv(n, program.rows) for n in outputs),)](
+    _matvec_kernel[(sum(triton.cdiv(n, _ROWS) for n in outputs),)](
         prepared, xa, *(out if t is None else t for t in (group.lora_B, group.bias, residual)),
         out, how.tables, *pointers, *outputs, ranks,
         RANK=rank, BLOCK_R=triton.next_power_of_2(max(rank, 1)), PARTS=xa.shape[0],
         HAS_BIAS=group.bias is not None, HAS_RESIDUAL=residual is not None,
         K=first.shape[1], SIZE=first.block_size, NESTED=first.nested_absmax is not None,
-        ROWS=program.rows, LANES=program.lanes,
-        ASM=how.asm, SCALE=how.scale, SHIFT=how.shift / how.x_scale,
-        num_warps=program.lanes // 32, maxnreg=program.registers,
+        ROWS=_ROWS, LANES=_LANES, ASM=how.asm, SCALE=how.scale, SHIFT=how.shift / how.x_scale,
+        num_warps=1, maxnreg=_REGISTERS,
     )  # fmt: skip
     return out
