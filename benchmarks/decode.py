@@ -28,8 +28,6 @@ from halfbyte.kernels.matvec_4bit import matvec_4bit
 from halfbyte.kernels.matvec_4bit_parts import Group
 from halfbyte.quant.weight import QuantizedWeight
 
-# Of each kind, the median of which is told.
-ANSWERS = 5
 # Outputs of the siblings, and inputs.
 PRODUCTS = {
     "qkv": ((4096, 1024, 1024), 4096),
@@ -97,24 +95,21 @@ def random_ids(model: nn.Module, batch: int, length: int) -> torch.Tensor:
 
 @torch.no_grad()
 def measure(model: nn.Module, batch: int, prompt: int, new_tokens: int) -> dict:
-    """Time whole answers, and the recorded step alone."""
+    """Time whole answers (medians), and the recorded step alone."""
     start = time.perf_counter()
     decoder = Decoder(model, batch=batch, length=prompt + new_tokens)
     torch.cuda.synchronize()
     made = time.perf_counter() - start
     prompts = random_ids(model, batch, prompt).tolist()
     decoder.generate(prompts, max_new_tokens=8, stop=[])
-    firsts, seconds = [], []
-    for _ in range(ANSWERS):
-        took, again = clocked(lambda: decoder.generate(prompts, max_new_tokens=1, stop=[]))
-        firsts.append(took)
-        took, answers = clocked(
-            lambda: decoder.generate(prompts, max_new_tokens=new_tokens, stop=[])
-        )
-        seconds.append(took)
-        assert [a[:1] for a in answers] == again
-    first, whole = statistics.median(firsts), statistics.median(seconds)
+    firsts, again = answers_of(decoder, prompts, 1, 5)
+    wholes, answers = answers_of(decoder, prompts, new_tokens, 3)
+    assert [a[:1] for a in answers] == again
+    first, whole = statistics.median(firsts), statistics.median(wholes)
     step = decoder._step
+    start = time.perf_counter()
+    step.prefill(prompts)
+    queued = time.perf_counter() - start
     step.positions.fill_(prompt)
     replay_ms = timed(decoder._advance, new_tokens)
     return {
@@ -123,17 +118,23 @@ def measure(model: nn.Module, batch: int, prompt: int, new_tokens: int) -> dict:
         "ms_a_token": round((whole - first) * 1e3 / (new_tokens - 1), 3),
         "graph_ms_a_token": round(replay_ms, 3),
         "prefill_ms": round(first * 1e3, 1),
-        "prefill_ms_from_to": [round(f(firsts) * 1e3, 1) for f in (min, max)],
+        "prefill_ms_each": [round(seconds * 1e3, 1) for seconds in firsts],
+        "prefill_queued_in_ms": round(queued * 1e3, 1),
         "decoder_made_in_s": round(made, 2),
         "peak_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2),
     }
 
 
-def clocked(run) -> tuple[float, list]:
-    """Return the seconds that a run takes, and what it returns."""
-    start = time.perf_counter()
-    result = run()
-    return time.perf_counter() - start, result
+def answers_of(
+    decoder: Decoder, prompts: list[list[int]], new_tokens: int, count: int
+) -> tuple[list[float], list[list[int]]]:
+    """Return the seconds that each of `count` times took, and the last answers."""
+    seconds = []
+    for _ in range(count):
+        start = time.perf_counter()
+        answers = decoder.generate(prompts, max_new_tokens=new_tokens, stop=[])
+        seconds.append(time.perf_counter() - start)
+    return seconds, answers
 
 
 def timed(run, count: int) -> float:
