@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 
 from halfbyte.kernels.nf4_triton import dynamic_table, nearest
+from halfbyte.kernels.sizes import cdiv
 
 _SIZE = 1024
 _BLOCKS_AT_ONCE = 4
@@ -110,7 +111,7 @@ def adamw_step_(
 ):
     settings = _settings(step, lr, beta1, beta2, eps, weight_decay, grad_scale)
     scale = grad_scale if settings["SCALE_IS_TENSOR"] else param
-    _adamw_kernel[(triton.cdiv(param.numel(), _SIZE),)](
+    _adamw_kernel[(cdiv(param.numel(), _SIZE),)](
         param, grad.contiguous(), exp_avg, exp_avg_sq, scale, param.numel(),
         SIZE=_SIZE, **settings,
     )  # fmt: skip
@@ -135,7 +136,7 @@ def adamw8bit_step_(
     settings = _settings(step, lr, beta1, beta2, eps, weight_decay, grad_scale)
     scale = grad_scale if settings["SCALE_IS_TENSOR"] else param
     device = param.device
-    _adamw8bit_kernel[(triton.cdiv(param.numel(), 256 * _BLOCKS_AT_ONCE),)](
+    _adamw8bit_kernel[(cdiv(param.numel(), 256 * _BLOCKS_AT_ONCE),)](
         param,
         grad.contiguous(),
         exp_avg,

@@ -8,6 +8,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from halfbyte.kernels.sizes import cdiv
+
 _BLOCK = 2048
 
 
@@ -26,7 +28,7 @@ def copy_with_border(x: Tensor, columns: int) -> Tensor:
     if x.stride(1) != 1:
         wide[:, :width] = x
     elif rows:
-        _copy_kernel[(rows, triton.cdiv(width, _BLOCK))](
+        _copy_kernel[(rows, cdiv(width, _BLOCK))](
             x, wide, x.stride(0), wide.stride(0), width, BLOCK=_BLOCK
         )
     return wide

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from halfbyte.kernels import fp8
 from halfbyte.kernels.fp8 import Rows, border_columns
+from halfbyte.kernels.sizes import cdiv, next_power_of_2
 
 # Longer rows are read twice, the second time from a cache: they would not fit into registers. On an
 # H100, of 8,192 rows, 14,336 columns took 125 us whole and 130 in blocks of 4,096; 28,672 took 291
@@ -152,12 +153,12 @@ def quantize_rows(x: Tensor, border: Tensor, balance: Tensor | None) -> Rows:
     scale = torch.empty(T, dtype=torch.float32, device=x.device)
     if T:
         is_whole = features <= _WHOLE
-        block = triton.next_power_of_2(features) if is_whole else _BLOCK
+        block = next_power_of_2(features) if is_whole else _BLOCK
         warps = block // (_WHOLE_THREAD if is_whole else _BLOCK_THREAD) // 32
         _quantize_rows_kernel[(T,)](
             x, border, values, scale, scale if balance is None else balance,
             x.stride(0), border.stride(0), values.stride(0), features,
-            R=max(ranks, 1), P=columns, BLOCK_P=triton.next_power_of_2(max(columns, 1)),
+            R=max(ranks, 1), P=columns, BLOCK_P=next_power_of_2(max(columns, 1)),
             HAS_BORDER=balance is not None, IS_WHOLE=is_whole, IS_ALIGNED=x.stride(0) % 8 == 0,
             BLOCK=block, EMULATES=not x.is_cuda, num_warps=max(warps, 1),
         )  # fmt: skip
@@ -167,13 +168,13 @@ def quantize_rows(x: Tensor, border: Tensor, balance: Tensor | None) -> Rows:
 def split_borders_(balances: Tensor, matrices: Sequence[Rows], factors: Sequence[Tensor]) -> None:
     ranks = factors[0].shape[1]
     columns = border_columns(ranks)
-    block = triton.next_power_of_2(columns)
+    block = next_power_of_2(columns)
     rows = max(min(_SPLIT_ROWS, _SPLIT_ELEMENTS // block), 1)
     arguments, programs = [], 0
     for (values, scale), factor in zip(matrices, factors, strict=True):
         features, count = values.shape[1] - columns, len(factor)
         arguments += [values, factor, scale, values.stride(0), *factor.stride(), features, count]
-        programs += triton.cdiv(count, rows)
+        programs += cdiv(count, rows)
     _split_kernel[(programs,)](
         *(arguments if len(matrices) == 2 else arguments * 2), balances, R=ranks, P=columns,
         BLOCK_P=block, ROWS=rows, EMULATES=not balances.is_cuda,

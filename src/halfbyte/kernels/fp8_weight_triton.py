@@ -9,6 +9,7 @@ from halfbyte.kernels import fp8
 from halfbyte.kernels.fp8_triton import e4m3
 from halfbyte.kernels.fp8_weight import factors_ as _dispatching_factors_
 from halfbyte.kernels.fp8_weight import fill_ as _dispatching_fill_
+from halfbyte.kernels.sizes import cdiv, next_power_of_2
 from halfbyte.kernels.wide_triton import below, levels_on, right, right_rows
 
 # Elements of a tile, and its least width.
@@ -138,7 +139,7 @@ def fill_(values, parts, scale, *, transposed) -> Tensor:
         own = values[:, start : start + N] if transposed else values[start : start + N]
         own_scale = scale if transposed else scale[start : start + N]
         start += N
-        _fill_kernel[(triton.cdiv(N, rows), triton.cdiv(K, width))](
+        _fill_kernel[(cdiv(N, rows), cdiv(K, width))](
             weight.packed, weight.absmax, *(nested if is_nested else (levels,) * 3), levels,
             own_scale, own, values.stride(0), N, K,
             SIZE=size, IS_NESTED=is_nested, IS_TRANSPOSED=transposed, ROWS=rows, WIDTH=width,
@@ -167,16 +168,14 @@ def factors_(lora_A, lora_B, balances, parts, scales) -> None:
         outputs.append(part.weight.shape[0] if part is not None else 0)
         scalings.append(part.scaling if has_adapter else 1.0)
         own_ranks.append(part.lora_A.shape[0] if has_adapter else 0)
-    block_ranks = max(triton.next_power_of_2(ranks), 16)
+    block_ranks = max(next_power_of_2(ranks), 16)
     rows = right_rows(block_ranks)
-    num_of_B = sum(triton.cdiv(count, rows) for count in outputs)
-    programs = num_of_B + ranks * triton.cdiv(inputs, _BELOW_COLUMNS)
+    num_of_B = sum(cdiv(count, rows) for count in outputs)
+    programs = num_of_B + ranks * cdiv(inputs, _BELOW_COLUMNS)
     largest = torch.empty(programs, dtype=torch.float32, device=lora_A.device)
     _factors_kernel[(programs,)](
         lora_A, lora_B, largest, *scales, *adapters, inputs, *outputs, *scalings,
         R0=own_ranks[0], R1=own_ranks[1], R2=own_ranks[2], R=ranks,
         BLOCK_R=block_ranks, ROWS=rows, COLUMNS=_BELOW_COLUMNS,
     )  # fmt: skip
-    _balances_kernel[(2,)](
-        largest, balances, num_of_B, programs, BLOCK=triton.next_power_of_2(programs)
-    )
+    _balances_kernel[(2,)](largest, balances, num_of_B, programs, BLOCK=next_power_of_2(programs))

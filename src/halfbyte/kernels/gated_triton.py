@@ -8,6 +8,7 @@ from torch import Tensor
 from halfbyte.kernels import gated
 from halfbyte.kernels.dropout import Mask
 from halfbyte.kernels.dropout_triton import kept, row_keys
+from halfbyte.kernels.sizes import cdiv, next_power_of_2
 from halfbyte.kernels.skinny_triton import (
     FEW_TOKENS,
     MAX_RANKS,
@@ -209,7 +210,7 @@ def gated_forward(gate_up: Tensor, size: int, activation: str, *, columns: int =
     T = gate_up.shape[0]
     out = torch.empty(T, size + columns, dtype=gate_up.dtype, device=gate_up.device)
     if T:
-        _gated_forward_kernel[(T, triton.cdiv(size, _BLOCK))](
+        _gated_forward_kernel[(T, cdiv(size, _BLOCK))](
             gate_up, out, gate_up.stride(0), out.stride(0), size, ACT=activation, BLOCK=_BLOCK
         )
     return out
@@ -237,9 +238,9 @@ def gated_product(
     elif block_ranks(R) > 64:
         stages = 2
     out = torch.empty(T, size + R, dtype=gate_up.dtype, device=gate_up.device)
-    splits, each = splits_of(triton.cdiv(size, block_k), triton.cdiv(T, block_t))
+    splits, each = splits_of(cdiv(size, block_k), cdiv(T, block_t))
     partial = torch.empty(splits, T, R, dtype=torch.float32, device=gate_up.device)
-    _gated_product_kernel[(triton.cdiv(T, block_t), splits)](
+    _gated_product_kernel[(cdiv(T, block_t), splits)](
         gate_up, out, lora_A, partial, *mask_arguments(mask, partial),
         gate_up.stride(0), out.stride(0), lora_A.stride(0), T, size, each,
         R=R, BLOCK_R=block_ranks(R), ACT=activation, DROPS=mask is not None,
@@ -272,8 +273,8 @@ def gated_backward_(
     ranks = max(RG, RU, R2)
     block_t, warps = _backward_tile(T, ranks, gate_up.element_size(), drops=mask is not None)
     block_i, splits = gated.backward_columns(ranks), gated.backward_splits(T, size, ranks)
-    column_blocks = triton.cdiv(size, block_i)
-    tokens = triton.cdiv(triton.cdiv(T, splits), block_t) * block_t
+    column_blocks = cdiv(size, block_i)
+    tokens = cdiv(cdiv(T, splits), block_t) * block_t
     new = torch.empty if T else torch.zeros
     partial = new(splits, size * (RG + RU + R2), dtype=torch.float32, device=gate_up.device)
     A = partial if lora_A is None else lora_A
@@ -283,8 +284,8 @@ def gated_backward_(
             *((partial, 0, 0, 1.0) if mask is None else (*mask[1:], mask.threshold, mask.scale)),
             gate_up.stride(0), grad_hidden.stride(0), xas[0].stride(0), down_gb.stride(0),
             A.stride(0), T, size, tokens,
-            RG=RG, RU=RU, R2=R2, BLOCK_R1=max(triton.next_power_of_2(max(RG, RU)), 16),
-            BLOCK_R2=max(triton.next_power_of_2(R2), 16),
+            RG=RG, RU=RU, R2=R2, BLOCK_R1=max(next_power_of_2(max(RG, RU)), 16),
+            BLOCK_R2=max(next_power_of_2(R2), 16),
             ACT=activation, DROPS=mask is not None, ADDS=A is lora_A and mask is not None,
             # With dropout computing twice was faster: 653 us, else 704.
             ONCE=mask is None and _has_ptx(gate_up),

@@ -5,6 +5,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from halfbyte.kernels.sizes import cdiv, next_power_of_2
+
 _HEADS = 8  # heads a program: 8 x 128 elements keep four warps busy with 16-byte accesses
 
 
@@ -50,8 +52,8 @@ def head_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     T, N, D = x.shape
     out = torch.empty(T, N, D, dtype=x.dtype, device=x.device)
     if T:
-        _head_norm_kernel[(T, triton.cdiv(N, _HEADS))](
-            x, weight, out, x.stride(0), N, D, eps, BLOCK=triton.next_power_of_2(D), HEADS=_HEADS
+        _head_norm_kernel[(T, cdiv(N, _HEADS))](
+            x, weight, out, x.stride(0), N, D, eps, BLOCK=next_power_of_2(D), HEADS=_HEADS
         )
     return out
 
@@ -59,8 +61,8 @@ def head_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 def head_norm_backward_(grad: Tensor, x: Tensor, weight: Tensor, eps: float) -> Tensor:
     T, N, D = x.shape
     if T:
-        _head_norm_backward_kernel[(T, triton.cdiv(N, _HEADS))](
+        _head_norm_backward_kernel[(T, cdiv(N, _HEADS))](
             grad, x, weight, grad.stride(0), x.stride(0), N, D, eps,
-            BLOCK=triton.next_power_of_2(D), HEADS=_HEADS,
+            BLOCK=next_power_of_2(D), HEADS=_HEADS,
         )  # fmt: skip
     return grad

@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 
 from halfbyte.kernels import codebooks, nf4
+from halfbyte.kernels.sizes import cdiv
 
 # Elements of a program of two warps: 1 KiB of codes, 16 bytes a thread.
 _TILE, _WARPS = 2048, 2
@@ -209,18 +210,13 @@ def dynamic_table(name: str, device: torch.device, *, is_signed: bool) -> torch.
     return getattr(codebooks, name)(signed=is_signed).to(device)
 
 
-def _cdiv(count, size):
-    """Return the quotient, rounded up; `triton.cdiv` takes 4 us on the host."""
-    return -(-count // size)
-
-
 def quantize_4bit(weight, *, block_size=64, quant_type="nf4"):
     weight = weight.contiguous()
     numel, device = weight.numel(), weight.device
     packed = weight.new_empty(((numel + 1) // 2, 1), dtype=torch.uint8)
-    absmax = weight.new_empty((_cdiv(numel, block_size),), dtype=torch.float32)
+    absmax = weight.new_empty((cdiv(numel, block_size),), dtype=torch.float32)
     blocks = max(_TILE // block_size, 1)
-    _quantize_kernel[(_cdiv(numel, block_size * blocks),)](
+    _quantize_kernel[(cdiv(numel, block_size * blocks),)](
         weight,
         packed,
         absmax,
@@ -267,7 +263,7 @@ def _dequantize_into(out, packed, scales, nested, block_size, quant_type):
     width = min(block_size, _TILE)
     rows = _TILE // width
     codes, nested_map, offset = nested or (scales, scales, scales)
-    _dequantize_kernel[(_cdiv(numel, rows * width),)](
+    _dequantize_kernel[(cdiv(numel, rows * width),)](
         packed.contiguous(),
         scales.contiguous(),
         codes,
@@ -290,8 +286,8 @@ def quantize_blockwise(values, offset=None):
     values = values.contiguous()
     size, numel = nf4.NESTED_BLOCK_SIZE, values.numel()
     codes = torch.empty_like(values, dtype=torch.uint8)
-    absmax = values.new_empty((_cdiv(numel, size),))
-    _quantize_blockwise_kernel[(_cdiv(numel, size * _NESTED_BLOCKS_AT_ONCE),)](
+    absmax = values.new_empty((cdiv(numel, size),))
+    _quantize_blockwise_kernel[(cdiv(numel, size * _NESTED_BLOCKS_AT_ONCE),)](
         values,
         values if offset is None else offset,
         codes,

@@ -5,6 +5,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from halfbyte.kernels.sizes import next_power_of_2
+
 
 @triton.jit
 def _add_rms_norm_kernel(
@@ -56,7 +58,7 @@ def _rms_norm_backward_kernel(
 
 def _launch(H: int) -> tuple[int, int]:
     """Return (block, warps) for rows of H elements."""
-    block = triton.next_power_of_2(H)
+    block = next_power_of_2(H)
     return block, min(max(block // 512, 1), 16)
 
 

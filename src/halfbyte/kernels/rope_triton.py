@@ -4,6 +4,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from halfbyte.kernels.sizes import cdiv, next_power_of_2
+
 _HEADS = 8  # heads a program: 8 x 64 pairs keep four warps busy with 16-byte accesses
 
 
@@ -59,9 +61,9 @@ def rope_(qkv: Tensor, cos: Tensor, sin: Tensor, num_rotated: int) -> Tensor:
     T, _, D = qkv.shape
     half = cos.shape[-1] // 2
     if T:
-        _rope_kernel[(T, triton.cdiv(num_rotated, _HEADS))](
+        _rope_kernel[(T, cdiv(num_rotated, _HEADS))](
             qkv, cos, sin, qkv.stride(0), cos.stride(0), num_rotated, D,
-            HALF=half, BLOCK_HALF=triton.next_power_of_2(half), HEADS=_HEADS,
+            HALF=half, BLOCK_HALF=next_power_of_2(half), HEADS=_HEADS,
         )  # fmt: skip
     return qkv
 
@@ -77,11 +79,11 @@ def rope_backward(
             grad = grad.contiguous()
         heads = grad.shape[1]
         if T:
-            _rope_backward_kernel[(T, triton.cdiv(heads, _HEADS))](
+            _rope_backward_kernel[(T, cdiv(heads, _HEADS))](
                 grad, cos, sin, out,
                 grad.stride(0), grad.stride(1), cos.stride(0), out.stride(0), first_column,
                 heads, D,
-                ROTATED=rotated, HALF=half, BLOCK=triton.next_power_of_2(D), HEADS=_HEADS,
+                ROTATED=rotated, HALF=half, BLOCK=next_power_of_2(D), HEADS=_HEADS,
             )  # fmt: skip
         first_column += heads * D
     return out

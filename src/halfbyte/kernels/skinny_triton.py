@@ -10,6 +10,7 @@ from torch import Tensor
 from halfbyte.kernels.dropout import Mask
 from halfbyte.kernels.dropout_triton import kept, row_keys
 from halfbyte.kernels.rms_norm import Factors
+from halfbyte.kernels.sizes import cdiv, next_power_of_2
 from halfbyte.kernels.skinny import product_float32
 
 # (tokens, columns, warps, stages) of a tile, and programs wanted; [with dropout, without].
@@ -129,7 +130,7 @@ def _gradient_kernel(
 
 def block_ranks(ranks: int) -> int:
     """Return how many ranks a tile has."""
-    return max(triton.next_power_of_2(ranks), 16)
+    return max(next_power_of_2(ranks), 16)
 
 
 def is_aligned(*tensors: Tensor) -> bool:
@@ -145,9 +146,9 @@ def splits_of(blocks: int, others: int, programs: int = _PROGRAMS) -> tuple[int,
         others: Programs for each part.
         programs: Wanted of all parts.
     """
-    splits = max(1, min(triton.cdiv(programs, others), triton.cdiv(blocks, 4)))
-    each = triton.cdiv(blocks, splits)
-    return triton.cdiv(blocks, each), each
+    splits = max(1, min(cdiv(programs, others), cdiv(blocks, 4)))
+    each = cdiv(blocks, splits)
+    return cdiv(blocks, each), each
 
 
 def mask_arguments(mask: Mask | None, like: Tensor) -> tuple[Tensor, int, int]:
@@ -176,9 +177,9 @@ def rank_product_(
     if x.element_size() > 2:
         stages = 2  # of shared memory an RTX 4090 has 99 KiB a program
     programs = _PROGRAMS_OF_FEW if T <= FEW_TOKENS else _PROGRAMS
-    splits, each = splits_of(triton.cdiv(K, block_k), triton.cdiv(T, block_t), programs)
+    splits, each = splits_of(cdiv(K, block_k), cdiv(T, block_t), programs)
     partial = torch.empty(splits, T, R, dtype=torch.float32, device=x.device)
-    _product_kernel[(triton.cdiv(T, block_t), splits)](
+    _product_kernel[(cdiv(T, block_t), splits)](
         x, factor, partial, *mask_arguments(mask, partial), x.stride(0), *factor.stride(),
         T, K, each, R=R, BLOCK_R=block_ranks(R), DROPS=mask is not None, ALIGNED=is_aligned(x),
         BLOCK_T=block_t, BLOCK_K=block_k, num_warps=warps, num_stages=stages,
@@ -192,7 +193,7 @@ def add_splits(partial: Tensor, out: Tensor, mask: Mask | None, scaling: float |
     scaled = out
     if scaling is not None:
         scaled = torch.empty(T, R, dtype=out.dtype, device=out.device)
-    _sum_kernel[(triton.cdiv(T * R, 512),)](
+    _sum_kernel[(cdiv(T * R, 512),)](
         partial, out, scaled, out.stride(0), T * R, splits, mask.scale if mask else 1.0,
         1.0 if scaling is None else scaling, R=R, SCALES=scaling is not None, BLOCK=512,
     )  # fmt: skip
@@ -217,8 +218,8 @@ def rank_gradient(
     if not T or not R:
         return torch.zeros(R, K, dtype=torch.float32, device=x.device)
     block_t, block_k, warps, stages = _GRADIENT_TILES[mask is not None]
-    column_blocks = triton.cdiv(K, block_k)
-    splits, each = splits_of(triton.cdiv(T, block_t), column_blocks)
+    column_blocks = cdiv(K, block_k)
+    splits, each = splits_of(cdiv(T, block_t), column_blocks)
     partial = torch.empty(splits, R, K, dtype=torch.float32, device=x.device)
     A = grad = x
     if mask is not None and lora_A is not None and grad_x is not None:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from halfbyte.kernels import codebooks
 from halfbyte.kernels.nf4_triton import entry, table_of_32
+from halfbyte.kernels.sizes import cdiv, next_power_of_2
 from halfbyte.kernels.wide import assemble_ as _dispatching_assemble_
 
 # Elements of a program of two warps: 32 blocks of 64 codes.
@@ -193,14 +194,14 @@ def assemble_(wide, parts, *, only_border=False) -> Tensor:
         ranks.append(0)
     K = first.shape[1]
     width = wide.shape[1] - K
-    block_width = max(triton.next_power_of_2(width), 16)
+    block_width = max(next_power_of_2(width), 16)
     rows = right_rows(block_width)
     blocks = max(_ELEMENTS // first.block_size, 1)
     per_row = 0 if only_border else K // first.block_size
-    grid = sum(triton.cdiv(n * per_row, blocks) for n in outputs)
+    grid = sum(cdiv(n * per_row, blocks) for n in outputs)
     if width:
-        grid += sum(triton.cdiv(n, rows) for n in outputs)
-        grid += width * triton.cdiv(K, _BELOW_COLUMNS)
+        grid += sum(cdiv(n, rows) for n in outputs)
+        grid += width * cdiv(K, _BELOW_COLUMNS)
     if not grid:
         return wide
     _assemble_kernel[(grid,)](
