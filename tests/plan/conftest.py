@@ -47,6 +47,12 @@ def llama_planner(llama_8b_model):
 
 
 @pytest.fixture(scope="session")
+def llama_planner_32(llama_8b):
+    lora = LoraConfig(r=32)
+    return Planner(blueprint(llama_8b, quant=NF4Config(), lora=lora, dtype=torch.bfloat16))
+
+
+@pytest.fixture(scope="session")
 def unfused_planner(config_folder):
     folder = config_folder(OLMO)
     return Planner(blueprint(folder, quant=NF4Config(), lora=LoraConfig(r=8), dtype=torch.bfloat16))

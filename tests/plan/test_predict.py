@@ -13,6 +13,9 @@ GIB = 2**30
 # benchmarks/results/h100/2026-11-22.json, Llama-3-8B shape, rank 16; unpaged state and all layers'
 # inputs on the card.
 MEASURED = [(1, 1024, 6.67), (2, 1024, 7.13), (4, 2048, 9.24), (1, 16384, 12.25)]
+# benchmarks/results/h100/2026-11-22-long.json, rank 32, on a card held to so many GiB and a host
+# with so many: then the gradient of attention is the peak.
+MEASURED_LONG = [(24, 125, 78496, 13.35), (80, 123, 342784, 43.01)]
 
 
 @pytest.mark.parametrize(("rows", "length", "peak"), MEASURED)
@@ -22,6 +25,14 @@ def test_peak_is_what_a_gpu_measured(llama_planner, rows, length, peak):
     assert found.kept == {"input": 32}
     assert found.peak.nbytes / GIB == pytest.approx(peak, rel=0.03)
     assert sum(found.peak.owners.values()) == found.peak.nbytes
+
+
+@pytest.mark.parametrize(("card", "host", "length", "peak"), MEASURED_LONG)
+def test_peak_of_a_long_sequence_is_what_a_gpu_measured(llama_planner_32, card, host, length, peak):
+    setting = Setting(length=length, memory="lean", total_bytes=card * GIB, host_bytes=host * GIB)
+    found = llama_planner_32.predict(setting)
+    assert found.tile == 8192
+    assert found.peak.nbytes / GIB == pytest.approx(peak, rel=0.005)
 
 
 def test_lean_moves_inputs_and_state_to_the_host(llama_planner):

@@ -102,6 +102,13 @@ class FusedShape:
         """Columns that are saved because what a branch gave is normed."""
         return self.hidden if self.has_branch_norms else 0
 
+    def attention_bytes(self, tokens: int) -> int:
+        """Return what the gradient of attention makes for itself: that of q in float32, a sum a
+        head, and the gradients of k and v for each query head where heads share them.
+        """
+        shared = self.qkv.outputs < 3 * self.width
+        return tokens * (4 * self.width + 4 * self.heads + 2 * shared * self.width * self.itemsize)
+
     def saved_bytes(self, level: str, tokens: int) -> int:
         """Return what a layer saves on the device at a level of `engine.policy`, untiled."""
         if level == "offload":

@@ -319,7 +319,7 @@ class FusedStep:
         heads = self._rows(shape.qkv.outputs)
         xa, *saved = self._saved_in_attention()
         before = [saved.pop(0)] if shape.normed_heads else []  # needed once more
-        with ledger.hold("attention workspace", self._rows(shape.width, 4)):
+        with ledger.hold("attention workspace", shape.attention_bytes(self.tokens)):
             ledger.take(WORK, heads)
         ledger.give(WORK, width)
         self._give(saved)
