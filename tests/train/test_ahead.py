@@ -5,6 +5,7 @@ import torch
 
 from halfbyte.errors import DataError
 from halfbyte.optim.adamw import AdamW
+from halfbyte.train import loss
 from halfbyte.train.ahead import Ahead
 from halfbyte.train.loss import LanguageModel
 from halfbyte.train.step import train_step
@@ -59,6 +60,18 @@ def test_every_step_is_loaded_once_during_the_one_before(make_lora, steps):
         assert loaded == list(range(step + 1))
         train_step(parts, optimizer, batches, step=step, ahead=ahead, **SETTINGS)
         assert loaded == list(range(min(step + 2, STEPS)))
+
+
+def test_angles_are_made_ahead_where_they_are_small(make_lora, batch_of, monkeypatch):
+    parts = LanguageModel.of(make_lora().to(torch.bfloat16))
+    if not parts.is_fused:
+        pytest.skip("layers run fused on this CPU only with a compiler")
+    batch = batch_of([8, 8])
+    expected, packed = parts.loss_sum(batch), parts.prepare([batch])
+    monkeypatch.setattr(parts.body._angles, "_rotary", None)  # asked for no more
+    assert torch.equal(parts.loss_sum(batch, packed=packed), expected)
+    monkeypatch.setattr(loss, "MAX_TOKENS", 15)
+    assert parts.prepare([batch]).angles is None
 
 
 def test_what_cannot_be_loaded_fails_in_its_own_step(make_lora, steps):

@@ -28,22 +28,21 @@ class Angles:
         self._kinds = list(dict.fromkeys(kinds))
         self.tables = [self._kinds.index(kind) for kind in kinds]
 
-    def __call__(self, hidden: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+    def __call__(self, like: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
         """Return cos and sin, `[tables, B * S, R]`; `tables` says which is whose.
 
         Args:
-            hidden: `[B, S, H]`, whose dtype they have.
-            position_ids: `[B, S]` or `[1, S]`.
+            like: Has their dtype and device.
+            position_ids: `[B, S]`.
         """
-        pairs = [self._table(kind, hidden, position_ids) for kind in self._kinds]
-        rows = hidden.shape[:2]
-        both = ([t.expand(*rows, -1).flatten(0, 1) for t in ts] for ts in zip(*pairs, strict=True))
+        pairs = [self._table(kind, like, position_ids) for kind in self._kinds]
+        both = ([table.flatten(0, 1) for table in tables] for tables in zip(*pairs, strict=True))
         cos, sin = map(torch.stack, both)
         return cos, sin
 
-    def _table(self, kind: str | None, hidden: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+    def _table(self, kind: str | None, like: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         if kind == NO_ROPE:
-            cos, sin = self._rotary(hidden, positions)
+            cos, sin = self._rotary(like, positions)
             return torch.ones_like(cos), torch.zeros_like(sin)
-        cos, sin = self._rotary(hidden, positions, *(() if kind is None else (kind,)))
+        cos, sin = self._rotary(like, positions, *(() if kind is None else (kind,)))
         return cos, sin

@@ -85,6 +85,7 @@ class FusedBody:
         position_ids: Tensor | None = None,
         layout: Layout | None = None,
         *,
+        angles: tuple[Tensor, Tensor] | None = None,
         first_token: int = 0,
         **_: Any,
     ) -> tuple[Tensor]:
@@ -92,8 +93,9 @@ class FusedBody:
 
         Args:
             input_ids: `[B, S]` int64.
-            position_ids: `[B, S]`, restarting for packed documents; None counts from 0.
+            position_ids: `[B, S]` or `[1, S]`, restarting for packed documents; None counts from 0.
             layout: Bounds of packed documents; None: every row is one sequence.
+            angles: What `angles` returned for these positions, if it was asked before.
             first_token: Tokens before these, where a batch that did not fit was cut: what is
                 dropped stays the same.
         """
@@ -101,13 +103,17 @@ class FusedBody:
         hidden = self.model.embed_tokens(input_ids)
         if position_ids is None:
             position_ids = torch.arange(length, device=hidden.device).unsqueeze(0)
-        cos, sin = self._angles(hidden, position_ids)
+        cos, sin = angles or self.angles(position_ids.expand(batch, length))
         layout = layout or Layout(batch, length, max_length=length)
         seed = self._seed(hidden.device, first_token)
         if self._offload is not None:
             self._offload.settle()
         x = self._graphs(self._run_layers, hidden.flatten(0, 1), cos, sin, layout, seed)
         return (x.view(batch, length, -1),)
+
+    def angles(self, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Return cos and sin of positions `[B, S]`, `[tables, B * S, R]` each (see `Angles`)."""
+        return self._angles(self.model.embed_tokens.weight, position_ids)
 
     def _seed(self, device: torch.device, first_token: int) -> Tensor | None:
         """Return a seed for this forward's dropout masks, drawn from torch's CPU generator."""
@@ -149,7 +155,7 @@ class FusedBody:
         size = self.model.embed_tokens.weight.shape[0]
         positions = torch.arange(_PROBE_TOKENS, device=device).unsqueeze(0)
         x = self.model.embed_tokens(positions % size)
-        all_cos, all_sin = self._angles(x, positions)
+        all_cos, all_sin = self.angles(positions)
         layout = Layout(1, _PROBE_TOKENS, max_length=_PROBE_TOKENS)
         for layer, table in zip(self.layers, self._angles.tables, strict=True):
             cos, sin = all_cos[table], all_sin[table]

@@ -34,6 +34,7 @@ class Packed:
         rows: int64 `[n]`, which of the B * S positions have a label.
         labels: int64 `[n]`, the token that each of `rows` shall predict.
         layout: The bounds of documents.
+        angles: Cos and sin of the positions, where they were made ahead of the step.
     """
 
     input_ids: Tensor
@@ -41,6 +42,7 @@ class Packed:
     rows: Tensor
     labels: Tensor
     layout: Layout
+    angles: tuple[Tensor, Tensor] | None = None
 
     def to(self, device: torch.device) -> "Packed":
         """Return it on `device`; copies to a GPU go through pinned memory and do not wait."""

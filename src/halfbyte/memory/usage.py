@@ -33,8 +33,14 @@ class Usage:
         host = _resident_bytes()
         if device.type != "cuda":
             return cls(host, host, peak_bytes(device), host)
-        allocated = torch.cuda.memory_allocated(device)
-        return cls(allocated, torch.cuda.memory_reserved(device), peak_bytes(device), host)
+        found = torch.cuda.memory_stats(device)  # once: each of torch's short forms asks for all
+        allocated, reserved = (f"{kind}_bytes.all" for kind in ("allocated", "reserved"))
+        return cls(
+            found.get(f"{allocated}.current", 0),
+            found.get(f"{reserved}.current", 0),
+            found.get(f"{allocated}.peak", 0),
+            host,
+        )
 
 
 def _resident_bytes() -> int:

@@ -23,6 +23,7 @@ from transformers import PreTrainedModel
 from halfbyte.data.loader import Batch
 from halfbyte.engine.body import FusedBody, layer_kind
 from halfbyte.engine.families import text_part
+from halfbyte.engine.graph import MAX_TOKENS
 from halfbyte.engine.layer import Fp8Layer, FusedLayer
 from halfbyte.engine.obstacle import obstacle, require_fused
 from halfbyte.engine.packed import Packed, merge, pack
@@ -154,10 +155,16 @@ class LanguageModel:
         return dataclasses.replace(self, body=self.body.with_memory(memory, max_tile=max_tile))
 
     def prepare(self, batches: Sequence[Batch]) -> Packed | None:
-        """Return micro-batches packed, on the device or on their way; None where nothing packs."""
-        if not self.is_fused or self.head is None:
+        """Return micro-batches packed, on the device or on their way; None where nothing packs.
+
+        What else a step would begin with, while the device waits for its host, is queued here, too.
+        """
+        if not isinstance(self.body, FusedBody) or self.head is None:
             return None
-        return pack(batches).to(self.head.linear.weight.device)
+        packed = pack(batches).to(self.head.linear.weight.device)
+        if packed.position_ids.numel() > MAX_TOKENS:  # then the wait does not count, memory does
+            return packed
+        return dataclasses.replace(packed, angles=self.body.angles(packed.position_ids))
 
     def loss_sum(
         self, *batches: Batch, first_token: int = 0, packed: Packed | None = None
@@ -199,7 +206,8 @@ class LanguageModel:
         self, body: FusedBody, head: _Head, packed: Packed, first_token: int
     ) -> Tensor:
         ids, positions, layout = packed.input_ids, packed.position_ids, packed.layout
-        hidden = body(ids, positions, layout, first_token=first_token)[0].flatten(0, 1)
+        hidden = body(ids, positions, layout, angles=packed.angles, first_token=first_token)[0]
+        hidden = hidden.flatten(0, 1)
         return linear_cross_entropy(
             hidden.index_select(0, packed.rows),
             head.linear.weight,
