@@ -93,7 +93,7 @@ def test_eight_bits_take_two_matrices_a_weight_and_their_scales(llama_planner):
     assert found.persistent["scales of rows in eight bits"] == 4 * rows
     assert exact.persistent["scales of rows in eight bits"] == 0
     lean = llama_planner.predict(replace(setting, compute="fp8", memory="lean"))
-    assert lean.peak.owners["activations in eight bits"] == 8192 * (2 * 14336 + 96 + 4)
+    assert lean.peak.owners["activations in eight bits"] == 8192 * (2 * 14336 + 128 + 4)
     assert lean.peak.owners["dequantize workspace"] < 130 * 2**20
 
 

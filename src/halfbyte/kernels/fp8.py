@@ -38,10 +38,12 @@ LARGEST = 448.0
 FAST_ACCUMULATION = True
 TINY = 1e-30
 """Rows whose magnitudes stay below are scaled as if they reached it."""
-# Bytes that rows of a product start at a multiple of, if their features do: a cache reads by 32. An
-# H100 multiplied rows so aligned at 1,290 TFLOP/s, those at other multiples of 16 at 1,040 (not the
-# same products: that this is why was not measured).
-_ALIGNMENT = 32
+# Bytes that rows of a product start at a multiple of, if their features do. The same products took
+# an H100, with borders of 48, 64, 96, 128, 160 and 192 columns (8,192 tokens):
+#     28672 x 4096   1,858  1,476  1,626  1,441  1,673  1,559 us
+#     4096 x 28672   2,276  1,726  1,991  1,590  1,683  1,586 us
+#     4096 x 14336     913    712    771    710    787    733 us
+_ALIGNMENT = 64
 BALANCES_BYTES = 8
 BALANCE = (64.0, 2.0**-30)
 """Product of both factors' magnitudes that is aimed at, and the least magnitude counted of one."""
