@@ -191,7 +191,8 @@ class AdamW:
         for moments in self._moments[self._moments_done :]:
             scale = grad_scale
             if isinstance(scale, Tensor):
-                scale = scale.to(moments.flat.values.device, non_blocking=True)
+                # Without non_blocking: where parameters are on the CPU, too, it is read at once.
+                scale = scale.to(moments.flat.values.device)
             moments.update(self.weight_decay, grad_scale=scale, **hyper)
             moments.flat.publish_masters()
             self._moments_done += 1
