@@ -84,8 +84,9 @@ def working_bytes(
     """Return what the backward of one layer has at once, beside what is saved and weights.
 
     Untiled: gate, up and hidden with their gradients, four hidden states. Tiled: those of a tile;
-    and of all tokens q, k, v and attention with their gradients, that of q in float32 as well,
-    those of k and v also a query head each, and the gradients of x and y.
+    and of all tokens q, k, v and attention with their gradients, that of q in float32 as well, and
+    the gradients of x and y. Those of shared k and v for each query head, which the plan counts,
+    are left to the reserve.
     """
     mlp = 6 * shape.intermediate_size + 8 * hidden_size
     if not tile:
