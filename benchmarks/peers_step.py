@@ -108,7 +108,8 @@ def steps_of(model, args, shape):
     count = args.steps + WARMUP
     steps = [micro_batches(shape, step, 250, args.device) for step in range(count)]
     synchronize(args)
-    # The host never waits within the run: a step lasts from the end of the one before to its own.
+    # Nothing waits here within the run (the paged optimizer does, of itself): a step lasts from the
+    # end of the one before to its own.
     marks = [mark(args)]
     for data, _ in steps:
         for ids, mask in data:
@@ -120,9 +121,7 @@ def steps_of(model, args, shape):
         optimizer.step()
         optimizer.zero_grad()
         marks.append(mark(args))
-    synchronize(args)
-    times = [seconds_between(*pair) for pair in itertools.pairwise(marks)]
-    return times, [tokens for _, tokens in steps]
+    return times_between(marks, args), [tokens for _, tokens in steps]
 
 
 def mark(args):
@@ -136,8 +135,13 @@ def mark(args):
     return event
 
 
-def seconds_between(begin, end):
-    return end - begin if isinstance(end, float) else begin.elapsed_time(end) / 1e3
+def times_between(marks, args):
+    """Return the seconds from each mark to the next, once the device has passed them all."""
+    synchronize(args)
+    pairs = itertools.pairwise(marks)
+    if args.device != "cuda":
+        return [end - begin for begin, end in pairs]
+    return [begin.elapsed_time(end) / 1e3 for begin, end in pairs]
 
 
 def trl_steps(model, args, shape):
@@ -148,16 +152,15 @@ def trl_steps(model, args, shape):
 
     rows, length = map(int, shape.split("x"))
     count = args.steps + WARMUP
-    times = []
+    marks = []
 
     class Clock(TrainerCallback):
         def on_step_begin(self, *_, **__):
-            synchronize(args)
-            times.append(-time.perf_counter())
+            if not marks:
+                marks.append(mark(args))
 
         def on_step_end(self, *_, **__):
-            synchronize(args)
-            times[-1] += time.perf_counter()
+            marks.append(mark(args))
 
     ids = [[(7 * row + i) % 250 for i in range(length)] for row in range(rows * count)]
     with tempfile.TemporaryDirectory() as folder:
@@ -174,7 +177,7 @@ def trl_steps(model, args, shape):
             callbacks=[Clock()],
         )  # fmt: skip
         trainer.train()
-    return times, [rows * length] * count
+    return times_between(marks, args), [rows * length] * count
 
 
 def synchronize(args):
