@@ -1,7 +1,7 @@
 """Sizes of launches, computed on the host.
 
-Triton's functions of these names may be called in kernels too, and take 5 us of the host each time:
-of a model's layers, as much as all launches of a prompt.
+Triton's functions of these names may be called in kernels too, and take the host 5 us each time: 7
+ms for a prompt of 32 layers, which asks 1,473 times. Decoding's kernels, recorded once, use those.
 """
 
 
