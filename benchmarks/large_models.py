@@ -123,7 +123,9 @@ def measure(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", help="shapes, with commas between")
-    parser.add_argument("--longest", type=int, help="try no longer sequence: 342,784 tokens of 8B take five minutes")
+    parser.add_argument(
+        "--longest", type=int, help="try no longer sequence: 342,784 tokens of 8B take five minutes"
+    )
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     join_memory()  # as in training
