@@ -228,8 +228,12 @@ def _signature(model: nn.Module) -> tuple[Any, ...]:
     places: list[int] = []
     adapters: list[Any] = []
     rest: list[Any] = [model]
+    seen: set[int] = set()
     while rest:
         module = rest.pop()
+        if id(module) in seen:
+            continue
+        seen.add(id(module))
         children = module._modules
         rest += [child for child in children.values() if child is not None]
         places += [
