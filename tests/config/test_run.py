@@ -124,6 +124,14 @@ def test_wrong_values_name_key_place_and_value(tmp_path):
     assert said == "model is missing"
 
 
+def test_data_may_be_a_path_alone(tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text("model: m\ndata: rows.jsonl\nmax_length: 99\n")
+    data = RunConfig.from_yaml(file).data
+    assert (data.path, data.max_length) == ("rows.jsonl", 99)
+    assert RunConfig.from_yaml(file, ["path=others.jsonl"]).data.path == "others.jsonl"
+
+
 def test_contradictions_are_errors(tmp_path):
     said, _ = message(tmp_path, "model: m\nquant: none\nquant_type: nf4\n")
     assert "contradict" in said

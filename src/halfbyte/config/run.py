@@ -177,6 +177,8 @@ def _nest(values: Mapping[str, Any], places: Mapping[str, str]) -> dict[str, Any
             for name, setting in value.items():
                 _check_owner(str(name), key, places.get(f"{key}.{name}"))
                 _put(nested, key, str(name), setting)
+        elif key == "data" and isinstance(value, str):
+            _put(nested, "data", "path", value)  # as `halfbyte.train` takes a path for data
         elif key in RunConfig.model_fields:
             if key in nested and value is not None:
                 raise ConfigError(f"{key} is given both as a section and as {value!r}")
