@@ -60,30 +60,26 @@ class StepResult:
     tokens: int
 
 
+@dataclass(frozen=True)
 class Gradients:
     """A step's gradients, which the device may still be making.
 
     Attributes:
         scale: float32 `[]` on the device, what clips the gradient; NaN where it is not to be used.
+        measured: On the host, the losses of the micro-steps and the gradient's norm, once they
+            arrived.
+        arrival: When that is; None: they are there.
+        step: From 0.
+        batches: All of the step.
+        groups: The same as they went through the model, a group a micro-step.
     """
 
-    def __init__(
-        self,
-        step: int,
-        batches: Sequence[Batch],
-        groups: Sequence[Sequence[Batch]],
-        losses: Sequence[Tensor],
-        norm: Tensor,
-        max_grad_norm: float,
-    ) -> None:
-        self._step, self._batches, self._groups = step, batches, groups
-        measured = torch.stack([*(loss.to(norm.device) for loss in losses), norm])
-        self._measured = measured.to("cpu", non_blocking=True)
-        self._arrival: torch.cuda.Event | None = None
-        if norm.is_cuda:
-            self._arrival = torch.cuda.Event()
-            self._arrival.record(torch.cuda.current_stream(norm.device))
-        self.scale = clip_factor(measured, max_grad_norm)
+    scale: Tensor
+    measured: Tensor
+    arrival: torch.cuda.Event | None
+    step: int
+    batches: Sequence[Batch]
+    groups: Sequence[Sequence[Batch]]
 
     def result(self) -> StepResult:
         """Wait for the device, and return what it found.
@@ -91,12 +87,12 @@ class Gradients:
         Raises:
             NonFiniteError: the loss or the gradient is not finite.
         """
-        if self._arrival is not None:
-            self._arrival.synchronize()
-        *losses, grad_norm = self._measured.tolist()
-        _check_finite(losses, grad_norm, self._groups, self._step)
-        supervised = sum(batch.num_supervised for batch in self._batches)
-        tokens = sum(batch.num_tokens for batch in self._batches)
+        if self.arrival is not None:
+            self.arrival.synchronize()
+        *losses, grad_norm = self.measured.tolist()
+        _check_finite(losses, grad_norm, self.groups, self.step)
+        supervised = sum(batch.num_supervised for batch in self.batches)
+        tokens = sum(batch.num_tokens for batch in self.batches)
         return StepResult(sum(losses), grad_norm, supervised, tokens)
 
 
@@ -132,7 +128,7 @@ def train_step(
     optimizer.step(learning_rate, grad_scale=gradients.scale)
     if ahead is not None:
         ahead.look(model, step + 1, None)
-    return finished(gradients, optimizer)
+    return wait_for(gradients, optimizer)
 
 
 def compute_gradients(
@@ -167,11 +163,25 @@ def compute_gradients(
         # Its graph ends here: the next may be recorded, which nodes of an older one would spoil.
         del loss
     optimizer.prefetch()  # beside the norm
+    norm = optimizer.grad_norm()
+    measured = torch.stack([*(loss.to(norm.device) for loss in losses), norm])
+    on_host, arrival = _sent_to_host(measured)
     groups = [micro_step.batches for micro_step in micro_steps]
-    return Gradients(step, batches, groups, losses, optimizer.grad_norm(), max_grad_norm)
+    scale = clip_factor(measured, max_grad_norm)
+    return Gradients(scale, on_host, arrival, step, batches, groups)
 
 
-def finished(gradients: Gradients, optimizer: AdamW) -> StepResult:
+def _sent_to_host(x: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
+    """Return a copy of x that is on its way to the host, and when it is there (None: now)."""
+    on_host = x.to("cpu", non_blocking=True)
+    if not x.is_cuda:
+        return on_host, None
+    arrival = torch.cuda.Event()
+    arrival.record(torch.cuda.current_stream(x.device))
+    return on_host, arrival
+
+
+def wait_for(gradients: Gradients, optimizer: AdamW) -> StepResult:
     """Wait for a step whose update is queued, and return what was measured.
 
     Raises:

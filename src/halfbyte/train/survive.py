@@ -30,7 +30,7 @@ from halfbyte.train.ahead import Ahead
 from halfbyte.train.events import MemoryShort
 from halfbyte.train.loss import LanguageModel
 from halfbyte.train.micro import cut
-from halfbyte.train.step import Gradients, StepResult, compute_gradients, finished
+from halfbyte.train.step import Gradients, StepResult, compute_gradients, wait_for
 
 _T = TypeVar("_T")
 
@@ -95,7 +95,7 @@ class Survivor:
         )
         if ahead is not None:
             ahead.look(self.model, step + 1, self.max_tokens)
-        result = finished(gradients, self.optimizer)
+        result = wait_for(gradients, self.optimizer)
         if measures:
             self._tell(MemoryShort(step + 1, tuple(measures), self.max_tokens))
         return result
