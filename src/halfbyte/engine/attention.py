@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from halfbyte.kernels.attention import causal_attention
+from halfbyte.kernels.sizes import next_power_of_2
 
 # cuDNN before flash: 1.7 to 1.8 times its speed on Hopper (benchmarks/results).
 _DENSE = [
@@ -86,7 +87,7 @@ def attention(
     Returns:
         `[T, N * D]`.
     """
-    head_size = 1 << (query.shape[2] - 1).bit_length()  # as kernels pad it, or more
+    head_size = next_power_of_2(query.shape[2])  # as kernels pad it, or more
     too_many = query.shape[0] * query.shape[1] * head_size > _MAX_ELEMENTS
     if too_many and layout.num_sequences > 1:
         halves = (

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from halfbyte.kernels.dispatch import accelerated
 from halfbyte.kernels.dropout import Mask, add_masked_product_, dropout
+from halfbyte.kernels.sizes import cdiv
 from halfbyte.kernels.skinny import rank_product_
 
 ACTIVATIONS = ("silu", "gelu_tanh")
@@ -44,8 +45,8 @@ def backward_splits(tokens: int, size: int, ranks: int) -> int:
         size: I.
         ranks: As for `backward_columns`.
     """
-    programs = -(-size // backward_columns(ranks))
-    return max(1, min(-(-_PROGRAMS // programs), -(-tokens // _LEAST_TOKENS)))
+    programs = cdiv(size, backward_columns(ranks))
+    return max(1, min(cdiv(_PROGRAMS, programs), cdiv(tokens, _LEAST_TOKENS)))
 
 
 def _activation(x: Tensor, activation: str) -> Tensor:

@@ -1,4 +1,4 @@
-"""Sizes of launches, computed on the host.
+"""Sizes of launches and tiles, computed on the host.
 
 Triton's functions of these names may be called in kernels too, and take the host 5 us each time: 7
 ms for a prompt of 32 layers, which asks 1,473 times. Decoding's kernels, recorded once, use those.

@@ -17,12 +17,14 @@ from halfbyte.data.loader import Batch
 from halfbyte.errors import TrainingError
 from halfbyte.optim.adamw import AdamW
 from halfbyte.train.ahead import Ahead
+from halfbyte.train.host_copy import HostBuffers, HostCopy
 from halfbyte.train.loss import LanguageModel
 from halfbyte.train.micro import cut
 from halfbyte.train.rng import seed_micro_step
 
 _CLIP_EPSILON = 1e-6  # as torch.nn.utils.clip_grad_norm_
 _NUM_LISTED = 16
+_MEASURED = "losses and norm"
 
 
 class NonFiniteError(TrainingError):
@@ -66,17 +68,14 @@ class Gradients:
 
     Attributes:
         scale: float32 `[]` on the device, what clips the gradient; NaN where it is not to be used.
-        measured: On the host, the losses of the micro-steps and the gradient's norm, once they
-            arrived.
-        arrival: When that is; None: they are there.
+        measured: The losses of the micro-steps and the gradient's norm, on their way to the host.
         step: From 0.
         batches: All of the step.
         groups: The same as they went through the model, a group a micro-step.
     """
 
     scale: Tensor
-    measured: Tensor
-    arrival: torch.cuda.Event | None
+    measured: HostCopy
     step: int
     batches: Sequence[Batch]
     groups: Sequence[Sequence[Batch]]
@@ -87,9 +86,7 @@ class Gradients:
         Raises:
             NonFiniteError: the loss or the gradient is not finite.
         """
-        if self.arrival is not None:
-            self.arrival.synchronize()
-        *losses, grad_norm = self.measured.tolist()
+        *losses, grad_norm = self.measured.wait()[_MEASURED].tolist()
         _check_finite(losses, grad_norm, self.groups, self.step)
         supervised = sum(batch.num_supervised for batch in self.batches)
         tokens = sum(batch.num_tokens for batch in self.batches)
@@ -126,9 +123,7 @@ def train_step(
         model, optimizer, batches, step=step, seed=seed, max_grad_norm=max_grad_norm, ahead=ahead
     )
     optimizer.step(learning_rate, grad_scale=gradients.scale)
-    if ahead is not None:
-        ahead.look(model, step + 1, None)
-    return wait_for(gradients, optimizer)
+    return wait_for(gradients, model, optimizer, ahead=ahead)
 
 
 def compute_gradients(
@@ -165,28 +160,28 @@ def compute_gradients(
     optimizer.prefetch()  # beside the norm
     norm = optimizer.grad_norm()
     measured = torch.stack([*(loss.to(norm.device) for loss in losses), norm])
-    on_host, arrival = _sent_to_host(measured)
+    on_host = HostBuffers().copy({_MEASURED: measured})
     groups = [micro_step.batches for micro_step in micro_steps]
-    scale = clip_factor(measured, max_grad_norm)
-    return Gradients(scale, on_host, arrival, step, batches, groups)
+    return Gradients(clip_factor(measured, max_grad_norm), on_host, step, batches, groups)
 
 
-def _sent_to_host(x: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
-    """Return a copy of x that is on its way to the host, and when it is there (None: now)."""
-    on_host = x.to("cpu", non_blocking=True)
-    if not x.is_cuda:
-        return on_host, None
-    arrival = torch.cuda.Event()
-    arrival.record(torch.cuda.current_stream(x.device))
-    return on_host, arrival
-
-
-def wait_for(gradients: Gradients, optimizer: AdamW) -> StepResult:
+def wait_for(
+    gradients: Gradients,
+    model: LanguageModel,
+    optimizer: AdamW,
+    *,
+    max_tokens: int | None = None,
+    ahead: Ahead | None = None,
+) -> StepResult:
     """Wait for a step whose update is queued, and return what was measured.
+
+    Meanwhile the next step is made ready, `ahead`, as `compute_gradients` will want it.
 
     Raises:
         NonFiniteError: the loss or the gradient is not finite; nothing was updated.
     """
+    if ahead is not None:
+        ahead.look(model, gradients.step + 1, max_tokens)
     try:
         return gradients.result()
     except NonFiniteError:

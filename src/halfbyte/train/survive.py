@@ -93,9 +93,9 @@ class Survivor:
             self._evict,
             measures,
         )
-        if ahead is not None:
-            ahead.look(self.model, step + 1, self.max_tokens)
-        result = wait_for(gradients, self.optimizer)
+        result = wait_for(
+            gradients, self.model, self.optimizer, max_tokens=self.max_tokens, ahead=ahead
+        )
         if measures:
             self._tell(MemoryShort(step + 1, tuple(measures), self.max_tokens))
         return result
