@@ -26,16 +26,16 @@ def test_a_twin_runs_on_the_gpu_of_its_tensor(monkeypatch):
     entered = []
 
     @contextlib.contextmanager
-    def device_of(tensor):
-        entered.append(tensor.get_device())
+    def enter(device):
+        entered.append(device.index)
         yield
         entered.append("left")
 
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    monkeypatch.setattr(torch.cuda, "device_of", device_of)
+    monkeypatch.setattr(torch.cuda, "device", enter)
     serve = registry._lazy(nf4_cpu.__name__, "quantize_3bit", lambda x: entered.append("ran"))
     for index in (0, 1):
-        serve(types.SimpleNamespace(is_cuda=True, get_device=lambda index=index: index))
+        serve(types.SimpleNamespace(device=torch.device("cuda", index)))
     assert entered == ["ran", 1, "ran", "left"]
 
 

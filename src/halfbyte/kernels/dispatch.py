@@ -34,11 +34,15 @@ def accelerated(reference: Callable[P, R]) -> Callable[P, R]:
     @functools.wraps(reference)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
         first: Any = args[0]
-        device: torch.device = first.device
-        twin = find(device.type)
-        if device.type != "cuda" or device.index == torch.cuda.current_device():
-            return twin(*args, **kwargs)
-        with torch.cuda.device(device):  # Triton launches on the current one
-            return twin(*args, **kwargs)
+        return run_on_its_gpu(find(first.device.type), *args, **kwargs)
 
     return call
+
+
+def run_on_its_gpu(function: Callable[..., R], first: Any, *args: Any, **kwargs: Any) -> R:
+    """Call `function` on the GPU that its first argument is on: Triton launches on the current."""
+    device: torch.device = first.device
+    if device.type != "cuda" or device.index == torch.cuda.current_device():
+        return function(first, *args, **kwargs)
+    with torch.cuda.device(device):
+        return function(first, *args, **kwargs)

@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from halfbyte.kernels.dispatch import run_on_its_gpu
+
 _TWINS = {"CPU": "_cpu", "CUDA": "_triton"}
 
 
@@ -49,9 +51,6 @@ def _lazy(module: str, function: str, reference: Callable[..., Any]) -> Callable
         return found
 
     def call(first: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        if not first.is_cuda or first.get_device() == torch.cuda.current_device():
-            return find()(first, *args, **kwargs)
-        with torch.cuda.device_of(first):  # Triton launches on the current one
-            return find()(first, *args, **kwargs)
+        return run_on_its_gpu(find(), first, *args, **kwargs)
 
     return call
