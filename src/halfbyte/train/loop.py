@@ -16,7 +16,6 @@ from peft import PeftModel
 from torch import nn
 
 from halfbyte.adapters.io import restore_adapter
-from halfbyte.device import join_memory
 from halfbyte.errors import CheckpointError, ConfigError, HalfbyteError
 from halfbyte.optim.schedule import learning_rate
 from halfbyte.train.ahead import Ahead
@@ -78,7 +77,6 @@ def train(
         TrainingError: loss or gradient is not finite; checkpoints are as they were.
         Interrupted: a signal came; the step was finished and a checkpoint saved.
     """
-    join_memory()
     config = config or TrainConfig()
     if not isinstance(model, PeftModel):
         raise ConfigError(
