@@ -5,7 +5,7 @@ from halfbyte.kernels import border
 
 
 def test_rows_that_already_have_room_are_not_copied():
-    wide = torch.randn(4, 11)
+    wide = border.new_with_border(torch.empty(0), 4, 8, 3)
     x = wide[:, :8]
     result = border.with_border(x, 3)
     assert result.shape == (4, 11)
@@ -23,6 +23,26 @@ def test_other_rows_are_copied(x):
     assert result.data_ptr() != x.data_ptr()
     assert torch.equal(result[:, :8], x)
     assert border.with_border(x, 0) is x
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_rows_begin_at_multiples_of_256_bytes(dtype):
+    like = torch.empty(0, dtype=dtype, device="meta")
+    for width, columns in ((4096, 16), (14336, 48), (128, 64), (7, 1)):
+        wide = border.new_with_border(like, 3, width, columns)
+        assert wide.shape == (3, width + columns)
+        assert wide.dtype == dtype
+        assert wide.stride(0) * wide.element_size() % 256 == 0
+        assert wide.stride(0) - (width + columns) < 256 // wide.element_size()
+    assert border.new_with_border(like, 3, 7, 0).is_contiguous()
+
+
+def test_on_a_cpu_nothing_lies_between_rows_of_16_bits():
+    """It would be multiplied, and NaN times zero is NaN."""
+    wide = border.new_with_border(torch.empty(0, dtype=torch.bfloat16), 66, 128, 8)
+    assert wide.is_contiguous()
+    room = border.with_border(torch.randn(66, 128, dtype=torch.bfloat16), 8)
+    assert room.is_contiguous()
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (3, 63), (2, 5000), (0, 8)])

@@ -88,7 +88,7 @@ def test_eight_bits_take_two_matrices_a_weight_and_their_scales(llama_planner):
     # Of an 8B: 6.5e9 weights in two orientations, with borders, LoRA, and a scale a row.
     weights = 32 * 4096 * (2 * 4096 + 2 * 1024 + 3 * 14336)
     staying = found.peak.owners["dequantized weights that stay"]
-    assert 1 < staying / (2 * weights) < 1.03
+    assert 1 < staying / (2 * weights) < 1.04
     rows = 32 * (4096 + 6144 + 4096 + 4096 + 4096 + 28672 + 14336 + 4096)
     assert found.persistent["scales of rows in eight bits"] == 4 * rows
     assert exact.persistent["scales of rows in eight bits"] == 0

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from halfbyte.engine.projections import Siblings, pairs
-from halfbyte.kernels.border import with_border
+from halfbyte.kernels.border import new_with_border, with_border
 from halfbyte.kernels.gated import gated_backward_, gated_product
 from halfbyte.kernels.head_norm import head_norm, head_norm_backward_
 from halfbyte.kernels.rms_norm import Factors, Norm, add_rms_norm
@@ -144,7 +144,7 @@ class IntoAttention(torch.autograd.Function):
         grad_x, *grad_heads = grads
         x, scale, xa, before, cos, sin, seed = ctx.saved_tensors
         weights, qkv = ctx.weights, ctx.weights.qkv
-        grad_wide = x.new_empty(x.shape[0], qkv.outputs + qkv.rank)
+        grad_wide = new_with_border(x, x.shape[0], qkv.outputs, qkv.rank)
         join_heads(grad_heads, before, weights.head_norm, cos, sin, grad_wide)
         wide = qkv.wide_again(x)
         qkv.up_(grad_wide, wide)
@@ -322,7 +322,7 @@ def _gate_up(normed: Tensor, group: Siblings, seed: Tensor | None) -> tuple[Tens
     """Return gate and up side by side, with room for the backward's border, and their `x A^T`."""
     wide = group.wide(normed)
     xa = group.down_(normed, wide, seed)
-    gate_up = normed.new_empty(normed.shape[0], group.outputs + group.rank)
+    gate_up = new_with_border(normed, normed.shape[0], group.outputs, group.rank)
     group.forward(normed, wide, gate_up[:, : group.outputs])
     return gate_up, xa
 

@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from halfbyte.kernels.border import with_border
+from halfbyte.kernels.border import new_with_border, pitch, with_border
 from halfbyte.kernels.dropout import Mask
 from halfbyte.kernels.rms_norm import Factors
 from halfbyte.kernels.skinny import product_float32, rank_gradient, rank_product_
@@ -118,7 +118,7 @@ class Siblings:
 
     @functools.cached_property
     def rank(self) -> int:
-        """R, padded so that rows stay aligned to 16 bytes."""
+        """R, padded to a multiple of 8."""
         return -(-sum(p.rank for p in self.projections) // 8) * 8
 
     @functools.cached_property
@@ -145,7 +145,7 @@ class Siblings:
 
     def passing_bytes(self, itemsize: int) -> int:
         """Return what the wide matrix takes while a product runs."""
-        return (self.outputs + self.rank) * (self.inputs + self.rank) * itemsize
+        return (self.outputs + self.rank) * pitch(self.inputs, self.rank, itemsize) * itemsize
 
     def staying_bytes(self, itemsize: int) -> int:
         """Return what it takes where it stays."""
@@ -155,7 +155,7 @@ class Siblings:
         """Return the wide matrix `[N + R, K + R]` in the dtype and on the device of `like`."""
         if self.stay.matrix is not None:
             return assemble_(self.stay.matrix, self.projections, only_border=True)
-        wide = like.new_empty(self.outputs + self.rank, self.inputs + self.rank)
+        wide = new_with_border(like, self.outputs + self.rank, self.inputs, self.rank)
         assemble_(wide, self.projections)
         if self.stay.granted:
             self.stay.matrix = wide

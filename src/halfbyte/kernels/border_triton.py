@@ -3,11 +3,11 @@
 torch copies into rows with a pitch element by element, at half the memory's speed.
 """
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from halfbyte.kernels.border import new_with_border
 from halfbyte.kernels.sizes import cdiv
 
 _BLOCK = 2048
@@ -24,7 +24,7 @@ def _copy_kernel(x_ptr, out_ptr, stride_x, stride_out, K, BLOCK: tl.constexpr):
 
 def copy_with_border(x: Tensor, columns: int) -> Tensor:
     rows, width = x.shape
-    wide = torch.empty(rows, width + columns, dtype=x.dtype, device=x.device)
+    wide = new_with_border(x, rows, width, columns)
     if x.stride(1) != 1:
         wide[:, :width] = x
     elif rows:

@@ -43,7 +43,7 @@ TINY = 1e-30
 #     28672 x 4096   1,858  1,476  1,626  1,441  1,673  1,559 us
 #     4096 x 28672   2,276  1,726  1,991  1,590  1,683  1,586 us
 #     4096 x 14336     913    712    771    710    787    733 us
-_ALIGNMENT = 64
+_ALIGNMENT = 128
 BALANCES_BYTES = 8
 BALANCE = (64.0, 2.0**-30)
 """Product of both factors' magnitudes that is aimed at, and the least magnitude counted of one."""

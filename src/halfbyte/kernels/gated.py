@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from halfbyte.kernels.border import new_with_border
 from halfbyte.kernels.dispatch import accelerated
 from halfbyte.kernels.dropout import Mask, add_masked_product_, dropout
 from halfbyte.kernels.sizes import cdiv
@@ -66,7 +67,7 @@ def gated_forward(gate_up: Tensor, size: int, activation: str, *, columns: int =
     """
     wide = gate_up[:, : 2 * size].to(torch.promote_types(gate_up.dtype, torch.float32))
     hidden = _activation(wide[:, :size], activation) * wide[:, size:]
-    out = gate_up.new_empty(gate_up.shape[0], size + columns)
+    out = new_with_border(gate_up, gate_up.shape[0], size, columns)
     out[:, :size] = hidden.to(gate_up.dtype)
     return out
 

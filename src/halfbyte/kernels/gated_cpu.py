@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from halfbyte.kernels import gated, native
+from halfbyte.kernels.border import new_with_border
 from halfbyte.kernels.dropout import Mask, add_masked_product_, dropout
 
 
@@ -11,14 +12,14 @@ def gated_forward(gate_up: Tensor, size: int, activation: str, *, columns: int =
     library = native.library()
     if library is None or not native.has_rows(gate_up) or gate_up.shape[1] < 2 * size:
         return gated.gated_forward.__wrapped__(gate_up, size, activation, columns=columns)  # type: ignore[attr-defined]
-    out = gate_up.new_empty(gate_up.shape[0], size + columns)
+    out = new_with_border(gate_up, gate_up.shape[0], size, columns)
     library.hb_gated_forward(
         gate_up.data_ptr(),
         out.data_ptr(),
         gate_up.shape[0],
         size,
         gate_up.stride(0),
-        size + columns,
+        out.stride(0),
         gated.ACTIVATIONS.index(activation),
         torch.get_num_threads(),
     )

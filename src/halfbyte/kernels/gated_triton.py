@@ -6,6 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from halfbyte.kernels import gated
+from halfbyte.kernels.border import new_with_border
 from halfbyte.kernels.dropout import Mask
 from halfbyte.kernels.dropout_triton import kept, row_keys
 from halfbyte.kernels.sizes import cdiv, next_power_of_2
@@ -208,7 +209,7 @@ def _has_ptx(x: Tensor) -> bool:
 
 def gated_forward(gate_up: Tensor, size: int, activation: str, *, columns: int = 0) -> Tensor:
     T = gate_up.shape[0]
-    out = torch.empty(T, size + columns, dtype=gate_up.dtype, device=gate_up.device)
+    out = new_with_border(gate_up, T, size, columns)
     if T:
         _gated_forward_kernel[(T, cdiv(size, _BLOCK))](
             gate_up, out, gate_up.stride(0), out.stride(0), size, ACT=activation, BLOCK=_BLOCK
@@ -237,7 +238,7 @@ def gated_product(
         stages = 1
     elif block_ranks(R) > 64:
         stages = 2
-    out = torch.empty(T, size + R, dtype=gate_up.dtype, device=gate_up.device)
+    out = new_with_border(gate_up, T, size, R)
     splits, each = splits_of(cdiv(size, block_k), cdiv(T, block_t))
     partial = torch.empty(splits, T, R, dtype=torch.float32, device=gate_up.device)
     _gated_product_kernel[(cdiv(T, block_t), splits)](

@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from halfbyte.kernels.border import new_with_border
 from halfbyte.kernels.dispatch import accelerated
 
 
@@ -61,7 +62,7 @@ def add_rms_norm(
     factor = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
     if scale is not None:
         scale.copy_(factor[:, 0])
-    normed = x.new_empty(x.shape[0], x.shape[1] + columns)
+    normed = new_with_border(x, x.shape[0], x.shape[1], columns)
     normed[:, : x.shape[1]] = (wide * factor * weight).to(x.dtype)
     return residual, normed
 
@@ -93,7 +94,7 @@ def rms_norm_backward(
     grad_x = scale * (grad - normed * (grad * normed).mean(-1, keepdim=True))
     if grad_residual is not None:
         grad_x = grad_x + grad_residual
-    out = x.new_empty(x.shape[0], x.shape[1] + columns)
+    out = new_with_border(x, x.shape[0], x.shape[1], columns)
     out[:, : x.shape[1]] = grad_x.to(x.dtype)
     return out
 

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from halfbyte.kernels import native, rms_norm
+from halfbyte.kernels.border import new_with_border
 
 
 def add_rms_norm(
@@ -22,7 +23,7 @@ def add_rms_norm(
         )
     rows, size = x.shape
     residual = x if delta is None else x.new_empty(rows, size)
-    normed = x.new_empty(rows, size + columns)
+    normed = new_with_border(x, rows, size, columns)
     library.hb_add_rms_norm(
         x.data_ptr(),
         None if delta is None else delta.data_ptr(),
@@ -34,7 +35,7 @@ def add_rms_norm(
         size,
         x.stride(0),
         0 if delta is None else delta.stride(0),
-        size + columns,
+        normed.stride(0),
         torch.get_num_threads(),
     )
     return residual, normed
@@ -55,7 +56,7 @@ def rms_norm_backward(
             grad_normed, x, weight, eps, grad_residual, columns=columns
         )
     rows, size = x.shape
-    out = x.new_empty(rows, size + columns)
+    out = new_with_border(x, rows, size, columns)
     library.hb_rms_norm_backward(
         grad_normed.data_ptr(),
         x.data_ptr(),
@@ -68,7 +69,7 @@ def rms_norm_backward(
         grad_normed.stride(0),
         x.stride(0),
         0 if grad_residual is None else grad_residual.stride(0),
-        size + columns,
+        out.stride(0),
         torch.get_num_threads(),
     )
     return out

@@ -5,6 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from halfbyte.kernels.border import new_with_border
 from halfbyte.kernels.sizes import next_power_of_2
 
 
@@ -72,7 +73,7 @@ def add_rms_norm(
     scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     T, H = x.shape
-    normed = torch.empty(T, H + columns, dtype=x.dtype, device=x.device)
+    normed = new_with_border(x, T, H, columns)
     residual = x if delta is None else torch.empty(T, H, dtype=x.dtype, device=x.device)
     if T == 0:
         return residual, normed
@@ -96,7 +97,7 @@ def rms_norm_backward(
     columns: int = 0,
 ) -> Tensor:
     T, H = x.shape
-    out = torch.empty(T, H + columns, dtype=x.dtype, device=x.device)
+    out = new_with_border(x, T, H, columns)
     if T == 0:
         return out
     block, warps = _launch(H)

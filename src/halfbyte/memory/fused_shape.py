@@ -5,6 +5,7 @@ Shape letters as in `fused_step`.
 
 from dataclasses import dataclass
 
+from halfbyte.kernels.border import pitch
 from halfbyte.kernels.fp8 import border_columns, factor_bytes
 
 
@@ -26,7 +27,7 @@ class Group:
         """Return the bytes of the dequantized matrix with its border; of LoRA's factors in fp8."""
         if self.is_fp8:
             return factor_bytes(self.inputs, self.outputs, self.rank, itemsize)
-        return (self.outputs + self.rank) * (self.inputs + self.rank) * itemsize
+        return (self.outputs + self.rank) * pitch(self.inputs, self.rank, itemsize) * itemsize
 
     def matrix_bytes(self, *, is_backward: bool) -> int:
         """Return the bytes of a matrix in eight bits, `[N, K + P]` or `[K, N + P]`."""
@@ -102,6 +103,10 @@ class FusedShape:
         """Columns that are saved because what a branch gave is normed."""
         return self.hidden if self.has_branch_norms else 0
 
+    def pitch(self, width: int, columns: int) -> int:
+        """Return the elements of a row of activations with a border."""
+        return pitch(width, columns, self.itemsize)
+
     def attention_bytes(self, tokens: int) -> int:
         """Return what the gradient of attention makes for itself: that of q in float32, a sum a
         head, and the gradients of k and v for each query head where heads share them.
@@ -125,7 +130,7 @@ class FusedShape:
         )
         columns["all"] = (
             columns["attention"] + self.hidden + self.o.rank + self.branch
-            + self.gate_up.outputs + 2 * self.gate_up.rank
+            + self.gate_up.rank + self.pitch(self.gate_up.outputs, self.gate_up.rank)
         )  # fmt: skip
         # In float32: log-sum-exp of attention, and each norm's factor of a row.
         numbers = {"input": 0, "attention": self.heads + 1, "all": self.heads + 2}

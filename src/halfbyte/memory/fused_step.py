@@ -107,6 +107,9 @@ class FusedStep:
     def _rows(self, columns: int, itemsize: int | None = None) -> int:
         return self.tokens * columns * (itemsize or self.shape.itemsize)
 
+    def _bordered(self, width: int, columns: int) -> int:
+        return self._rows(self.shape.pitch(width, columns))
+
     def _wide(self, group: Group) -> int:
         """The dequantized matrix, or in fp8 LoRA's factors, where they do not stay."""
         return 0 if self._staying else group.wide_bytes(self.shape.itemsize)
@@ -140,7 +143,7 @@ class FusedStep:
         return [
             self._rows(shape.hidden), self._rows(shape.o.rank), self._rows(shape.branch),
             self._rows(shape.gate_up.rank) + 4 * self.tokens,
-            self._rows(shape.gate_up.outputs + shape.gate_up.rank),
+            self._bordered(shape.gate_up.outputs, shape.gate_up.rank),
         ]  # fmt: skip
 
     def _saved_of_down(self) -> list[int]:
@@ -156,7 +159,7 @@ class FusedStep:
         ledger, shape = self.ledger, self.shape
         with (
             ledger.hold(WEIGHTS, self._wide(shape.qkv)),
-            ledger.hold(WORK, self._rows(shape.hidden + shape.qkv.rank)),
+            ledger.hold(WORK, self._bordered(shape.hidden, shape.qkv.rank)),
         ):
             self._take(self._saved_in_attention()[:2])
             self._multiply(shape.qkv)
@@ -196,7 +199,7 @@ class FusedStep:
         ledger, shape = self.ledger, self.shape
         self._middle_and_mlp()
         with (
-            ledger.hold(WORK, self._rows(shape.intermediate + shape.down.rank)),
+            ledger.hold(WORK, self._bordered(shape.intermediate, shape.down.rank)),
             ledger.hold(WEIGHTS, self._wide(shape.down)),
         ):
             self._take(self._saved_of_down())
@@ -208,10 +211,12 @@ class FusedStep:
     def _middle_and_mlp(self) -> None:
         """O, the norm, gate and up: what a layer that saves only attention computes again."""
         ledger, shape = self.ledger, self.shape
-        normed = self._rows(shape.hidden + shape.gate_up.rank)
+        normed = self._bordered(shape.hidden, shape.gate_up.rank)
         # In fp8 attention is not copied to have room for o's border beside it.
-        copy = 0 if shape.o.is_fp8 else shape.width
-        border = self._rows(copy + shape.o.rank) if shape.o.rank else 0
+        if shape.o.is_fp8:
+            border = self._rows(shape.o.rank)
+        else:
+            border = self._bordered(shape.width, shape.o.rank) if shape.o.rank else 0
         mid, o_xa, o_out, gate_up_xa, gate_up = self._saved_in_mlp()
         with (
             ledger.hold(WEIGHTS, self._wide(shape.o)),
@@ -282,7 +287,7 @@ class FusedStep:
         ledger, shape = self.ledger, self.shape
         hidden, gate_up = self._rows(shape.hidden), self._saved_in_mlp()[-1]
         grads = 4 * sum(g.adapter_elements for g in (shape.o, shape.gate_up, shape.down))
-        border = self._rows(shape.hidden + shape.down.rank) if shape.down.rank else 0
+        border = self._bordered(shape.hidden, shape.down.rank) if shape.down.rank else 0
         with (
             ledger.hold(WORK, border or self._rows(shape.branch)),
             ledger.hold(WEIGHTS, self._wide(shape.down)),
@@ -297,7 +302,7 @@ class FusedStep:
             self._multiply(shape.gate_up, is_backward=True)
         if frees_early:
             ledger.give(SAVED, gate_up)
-        grad_mid = self._rows(shape.hidden + shape.o.rank)
+        grad_mid = self._bordered(shape.hidden, shape.o.rank)
         ledger.take(WORK, grad_mid)
         ledger.give(WORK, hidden)
         with (
@@ -325,7 +330,7 @@ class FusedStep:
         self._give(saved)
         grads = 4 * shape.qkv.adapter_elements
         with (
-            ledger.hold(WORK, self._rows(shape.qkv.outputs + shape.qkv.rank)),
+            ledger.hold(WORK, self._bordered(shape.qkv.outputs, shape.qkv.rank)),
             ledger.hold(WEIGHTS, self._wide(shape.qkv)),
         ):
             if not is_first:
@@ -333,8 +338,9 @@ class FusedStep:
                 self._multiply(shape.qkv, is_backward=True)
             ledger.take(ADAPTER_GRADS, grads)
         if not is_first:
-            ledger.take(WORK, self._rows(shape.down.rank))  # the border of the new gradient
-            ledger.give(WORK, self._rows(shape.down.rank))
+            border = self._bordered(shape.hidden, shape.down.rank) - hidden
+            ledger.take(WORK, border)  # of the new gradient
+            ledger.give(WORK, border)
         ledger.give(ADAPTER_GRADS, grads)
         ledger.give(WORK, heads)
         ledger.give(WORK, hidden)  # the gradient of x, beside attention
