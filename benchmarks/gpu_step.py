@@ -120,7 +120,9 @@ def measure(
     )
     losses, tokens = [], []
     # As the training loop does it: a step's rows are made and packed during the step before.
-    ahead = Ahead(lambda n: batches_of(case, lengths, model.config.vocab_size, n), steps + 2)
+    ahead = Ahead(
+        lambda n: batches_of(case, lengths, model.config.vocab_size, n), steps + 2, begins=True
+    )
     torch.cuda.synchronize(device)
     # A step ends when its loss and norm are there: so from one end to the next is one step.
     marks = [time.perf_counter()]

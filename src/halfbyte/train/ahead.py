@@ -1,10 +1,12 @@
-"""The next step's tokens: loaded, packed and sent to the GPU while it is busy with this step.
+"""The next step: loaded, packed, sent to the GPU and queued there while it is busy with this one.
 
-    host    queue step 1, update 1 ─ load, pack, send 2 ─ wait for loss 1 ─ queue step 2 ─ ...
-    GPU             step 1 ─────────────────────────────────────► update 1 ─ step 2 ───────►
+    host    queue update 1 ─ load, pack, send 2 ─ queue step 2 ─ wait for loss 1 ─ queue update 2
+    GPU         step 1 ────────────────────────────► update 1 ─ step 2 ──────────────────────► ...
 
-The host waits for a step's loss and norm before it begins the next; what it does before it waits
-costs nothing, and what it does after it must be done before the update is.
+The host waits for a step's loss and norm once a step. What it does before it waits costs nothing;
+what it does after it, the GPU would wait for. So by then the next step's gradients are queued, too:
+they come after the update, which changes nothing where the step is not finite, and so they are the
+right ones whatever the host will learn. Only their own update is queued after the wait.
 """
 
 import contextlib
@@ -12,19 +14,26 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from halfbyte.data.loader import Batch
+from halfbyte.engine.graph import MAX_TOKENS
+from halfbyte.train.gradients import Gradients
 from halfbyte.train.loss import LanguageModel
 from halfbyte.train.micro import MicroStep, cut
 
 
 @dataclass(frozen=True)
 class _Ready:
-    """A step's batches, and the micro-steps that a model and a limit made of them."""
+    """A step's batches, the micro-steps that a model and a limit made of them, their gradients."""
 
     step: int
     batches: Sequence[Batch]
     model: LanguageModel | None = None
     max_tokens: int | None = None
     micro_steps: Sequence[MicroStep] = ()
+    gradients: Gradients | None = None
+
+    def serves(self, model: LanguageModel, max_tokens: int | None) -> bool:
+        """Whether the micro-steps are what this model and this limit would make."""
+        return self.model is model and self.max_tokens == max_tokens
 
 
 class Ahead:
@@ -33,35 +42,35 @@ class Ahead:
     Args:
         load: Returns the micro-batches of a step, counted from 0; it may be asked for a step twice.
         num_steps: Steps from this one on are not looked at.
+        begins: Whether steps are queued before the one before is waited for: where the device
+            works beside the host. Those of more than `MAX_TOKENS` tokens are not: they are long,
+            the host's part is not seen in them, and news of a step would come a step late.
     """
 
-    def __init__(self, load: Callable[[int], Sequence[Batch]], num_steps: int) -> None:
-        self._load, self._num_steps = load, num_steps
-        self._now: _Ready | None = None
-        self._next: _Ready | None = None
+    def __init__(
+        self, load: Callable[[int], Sequence[Batch]], num_steps: int, *, begins: bool = False
+    ) -> None:
+        self._load, self._num_steps, self._begins = load, num_steps, begins
+        self._ready: dict[int, _Ready] = {}
 
     def batches(self, step: int) -> Sequence[Batch]:
         """Return the micro-batches of a step that begins now; what `load` raises, is raised."""
-        if self._next is not None and self._next.step == step:
-            self._now = self._next
-        else:
-            self._now = _Ready(step, self._load(step))
-        self._next = None
-        return self._now.batches
+        ready = self._ready.get(step) or _Ready(step, self._load(step))
+        self._ready = {step: ready}
+        return ready.batches
 
     def micro_steps(
         self, model: LanguageModel, batches: Sequence[Batch], max_tokens: int | None
     ) -> Sequence[MicroStep]:
         """Return what `cut` returns, on the device already where nothing changed since `look`."""
-        now = self._now
-        if now is None or now.batches is not batches:
+        ready = self._find(batches)
+        if ready is None or not ready.serves(model, max_tokens):
             return cut(model, batches, max_tokens)
-        is_as_cut = now.model is model and now.max_tokens == max_tokens
-        return now.micro_steps if is_as_cut else cut(model, batches, max_tokens)
+        return ready.micro_steps
 
     def look(self, model: LanguageModel, step: int, max_tokens: int | None) -> None:
         """Get a step ready; to be called while the device is busy with the step before."""
-        if step >= self._num_steps or (self._next is not None and self._next.step == step):
+        if step >= self._num_steps or step in self._ready:
             return
         # Whatever is wrong comes up again when the step begins: this one's update comes first.
         with contextlib.suppress(Exception):
@@ -70,4 +79,33 @@ class Ahead:
                 replace(piece, packed=model.prepare(piece.batches))
                 for piece in cut(model, batches, max_tokens)
             ]
-            self._next = _Ready(step, batches, model, max_tokens, pieces)
+            self._ready[step] = _Ready(step, batches, model, max_tokens, pieces)
+
+    def begin(self, step: int, compute: Callable[..., Gradients]) -> None:
+        """Queue the gradients of a step that `look` made ready, behind the update of the last.
+
+        Args:
+            step: From 0.
+            compute: Called with its batches and `step`.
+        """
+        ready = self._ready.get(step)
+        if not self._begins or ready is None or ready.gradients is not None:
+            return
+        if sum(piece.num_tokens for piece in ready.micro_steps) > MAX_TOKENS:
+            return
+        # As with `look`. A step that failed half-way begins again from zero gradients.
+        with contextlib.suppress(Exception):
+            self._ready[step] = replace(ready, gradients=compute(ready.batches, step=step))
+
+    def begun(
+        self, model: LanguageModel, batches: Sequence[Batch], max_tokens: int | None
+    ) -> Gradients | None:
+        """Return the gradients that `begin` queued for these batches, once; None without any."""
+        ready = self._find(batches)
+        if ready is None or ready.gradients is None:
+            return None
+        self._ready[ready.step] = replace(ready, gradients=None)
+        return ready.gradients if ready.serves(model, max_tokens) else None
+
+    def _find(self, batches: Sequence[Batch]) -> _Ready | None:
+        return next((r for r in self._ready.values() if r.batches is batches), None)

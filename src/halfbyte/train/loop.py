@@ -41,12 +41,12 @@ from halfbyte.train.events import (
     TrainingStopped,
     TrainResult,
 )
+from halfbyte.train.gradients import NonFiniteError, StepResult
 from halfbyte.train.inputs import Data
 from halfbyte.train.memory import memory_fields, rehearse, result_fields
 from halfbyte.train.result import describe_run, finished_result, write_result
 from halfbyte.train.run import Run, announce, assemble, restore
 from halfbyte.train.signals import Interrupted, Interruption
-from halfbyte.train.step import NonFiniteError, StepResult
 from halfbyte.train.writer import CheckpointWriter
 
 
@@ -134,7 +134,9 @@ def _do_steps(run: Run, listeners: Sequence[Listener]) -> TrainResult:
         if config.eval_on_start and run.progress.step == 0:
             _evaluate(run, interruption)
         ahead = Ahead(
-            lambda step: run.plan.step(*divmod(step, len(run.plan))), num_steps=run.total_steps
+            lambda step: run.plan.step(*divmod(step, len(run.plan))),
+            num_steps=run.total_steps,
+            begins=run.device.type == "cuda",
         )
         while run.progress.step < run.total_steps:
             _step(run, ahead)

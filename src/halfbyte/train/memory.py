@@ -18,8 +18,8 @@ from halfbyte.plan.owners import OPTIMIZER, persistent_bytes
 from halfbyte.plan.predict import Planner, Setting
 from halfbyte.train.config import TrainConfig
 from halfbyte.train.events import Notice
+from halfbyte.train.gradients import NonFiniteError
 from halfbyte.train.micro import cut
-from halfbyte.train.step import NonFiniteError
 from halfbyte.train.survive import Survivor
 
 REST = "activations and workspaces"

@@ -27,9 +27,9 @@ from halfbyte.checkpoint.reader import read_file
 from halfbyte.errors import CheckpointError
 from halfbyte.optim.adamw import AdamW
 from halfbyte.train.directory import checkpoints, disk_errors
+from halfbyte.train.gradients import StepResult
 from halfbyte.train.host_copy import HostCopy
 from halfbyte.train.rng import restore_generators
-from halfbyte.train.step import StepResult
 
 STATE_VERSION = 2
 _STATE_FILE = "state.json"

@@ -28,9 +28,10 @@ from halfbyte.memory.shortage import Shortage, is_out_of_memory
 from halfbyte.optim.adamw import AdamW
 from halfbyte.train.ahead import Ahead
 from halfbyte.train.events import MemoryShort
+from halfbyte.train.gradients import Gradients, StepResult
 from halfbyte.train.loss import LanguageModel
 from halfbyte.train.micro import cut
-from halfbyte.train.step import Gradients, StepResult, compute_gradients, wait_for
+from halfbyte.train.step import compute_gradients, wait_for
 
 _T = TypeVar("_T")
 
@@ -94,8 +95,9 @@ class Survivor:
             measures,
         )
         result = wait_for(
-            gradients, self.model, self.optimizer, max_tokens=self.max_tokens, ahead=ahead
-        )
+            gradients, self.model, self.optimizer, seed=seed, max_grad_norm=max_grad_norm,
+            max_tokens=self.max_tokens, ahead=ahead,
+        )  # fmt: skip
         if measures:
             self._tell(MemoryShort(step + 1, tuple(measures), self.max_tokens))
         return result
