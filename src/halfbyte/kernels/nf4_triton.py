@@ -22,6 +22,12 @@ from halfbyte.kernels.sizes import cdiv
 
 # Elements of a program of two warps: 1 KiB of codes, 16 bytes a thread.
 _TILE, _WARPS = 2048, 2
+# Dequantizing writes four bytes for each that it reads, and a memory that turns from one to the other
+# loses time. So it goes in turns: a few programs ask for the codes of the next 2 MiB at once, to be
+# brought to the L2 cache, and those behind them find them there. A weight of 14336 x 4096 took an
+# H100 52.4 to 53.3 us so, 55.5 without; the same bytes, moved without any work on them, 54.3.
+_LINES = 256
+_FETCHERS, _TILES_A_TURN = 64, 2048
 _NESTED_BLOCKS_AT_ONCE = 4
 _SMALLEST_NORMAL = tl.constexpr(2.0**-126)
 _SMALLEST_NORMAL_BITS = tl.constexpr(0x00800000)
@@ -136,12 +142,40 @@ def _quantize_kernel(
 
 
 @triton.jit
+def _fetch(ptr, first, num_bytes, LINES: tl.constexpr):
+    """Ask for lines of 128 bytes to be brought to the L2 cache; nothing waits for them."""
+    at = tl.minimum(first + tl.arange(0, LINES) * 128, num_bytes - 1)
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [ptr + at],
+        dtype=tl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
+
+
+@triton.jit
 def _dequantize_kernel(
     packed_ptr, scales_ptr, codes_ptr, map_ptr, offset_ptr, levels_ptr, out_ptr, numel, num_bytes,
     SIZE: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, IS_NESTED: tl.constexpr,
+    FETCHERS: tl.constexpr, TILES: tl.constexpr, LINES: tl.constexpr,
+):  # fmt: skip
+    turn, own = tl.program_id(0) // (FETCHERS + TILES), tl.program_id(0) % (FETCHERS + TILES)
+    if own < FETCHERS:
+        _fetch(packed_ptr, (turn.to(tl.int64) * FETCHERS + own) * (LINES * 128), num_bytes, LINES)
+    else:
+        _dequantize(
+            turn.to(tl.int64) * TILES + own - FETCHERS,
+            packed_ptr, scales_ptr, codes_ptr, map_ptr, offset_ptr, levels_ptr, out_ptr,
+            numel, num_bytes, SIZE, WIDTH, ROWS, IS_NESTED,
+        )  # fmt: skip
+
+
+@triton.jit
+def _dequantize(
+    tile, packed_ptr, scales_ptr, codes_ptr, map_ptr, offset_ptr, levels_ptr, out_ptr,
+    numel, num_bytes,
+    SIZE: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, IS_NESTED: tl.constexpr,
 ):  # fmt: skip
     # A row is a block, or WIDTH elements of one; WIDTH divides SIZE.
-    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    rows = tile * ROWS + tl.arange(0, ROWS)
     blocks = rows // (SIZE // WIDTH)
     mask = rows * WIDTH < numel
     if IS_NESTED:
@@ -263,7 +297,12 @@ def _dequantize_into(out, packed, scales, nested, block_size, quant_type):
     width = min(block_size, _TILE)
     rows = _TILE // width
     codes, nested_map, offset = nested or (scales, scales, scales)
-    _dequantize_kernel[(cdiv(numel, rows * width),)](
+    # Without inline PTX nothing can be asked for; and little is not worth it.
+    tiles = cdiv(numel, _TILE)
+    has_turns = packed.is_cuda and tiles >= _TILES_A_TURN
+    fetchers = _FETCHERS if has_turns else 0
+    grid = cdiv(tiles, _TILES_A_TURN) * (fetchers + _TILES_A_TURN) if has_turns else tiles
+    _dequantize_kernel[(grid,)](
         packed.contiguous(),
         scales.contiguous(),
         codes,
@@ -277,6 +316,9 @@ def _dequantize_into(out, packed, scales, nested, block_size, quant_type):
         WIDTH=width,
         ROWS=rows,
         IS_NESTED=nested is not None,
+        FETCHERS=fetchers,
+        TILES=_TILES_A_TURN,
+        LINES=_LINES,
         enable_fp_fusion=False,
         num_warps=_WARPS,
     )
