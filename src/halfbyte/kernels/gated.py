@@ -22,11 +22,11 @@ from halfbyte.kernels.sizes import cdiv
 from halfbyte.kernels.skinny import rank_product_
 
 ACTIVATIONS = ("silu", "gelu_tanh")
-# The backward on CUDA: about eight programs for each of the 132 multiprocessors of an H100, and what
-# each of them takes. Twice as many took 142 us instead of 128 with 2,048 tokens of Llama 8B, and 486
-# instead of 475 with 8,192: their partial sums are written and read again. Half or twice as many
-# columns took a tenth to two fifths more; accumulators of large ranks would not fit into registers
-# with them.
+# The backward on CUDA: about eight programs for each of the 132 multiprocessors of an H100, and
+# what each of them takes. Twice as many took 142 us instead of 128 with 2,048 tokens of Llama 8B,
+# and 486 instead of 475 with 8,192: their partial sums are written and read again. Half or twice as
+# many columns took a tenth to two fifths more; accumulators of large ranks would not fit into
+# registers with them.
 _PROGRAMS, _LEAST_TOKENS = 1024, 128
 _COLUMNS, LARGE_RANKS, _COLUMNS_OF_LARGE_RANKS = 64, 64, 32
 
