@@ -24,9 +24,9 @@ from halfbyte.kernels.sizes import cdiv
 _TILE, _WARPS = 2048, 2
 # Dequantizing writes four bytes for each that it reads, and a memory that changes from one to the
 # other loses time. So it goes in turns: a few programs ask for the codes of the next 2 MiB at once,
-# to be brought to the L2 cache, and those behind them find them there. A weight of 14336 x 4096 took
-# an H100 55.5 us without, whatever the tile, and takes 54.7; with words of eight codes a thread, in
-# a trial, 52.4 to 53.3. The same bytes, moved without any work on them, took 54.3.
+# to be brought to the L2 cache, and those behind them find them there. A weight of 14336 x 4096
+# took an H100 55.5 us without, whatever the tile, and takes 54.7; with words of eight codes a
+# thread, in a trial, 52.4 to 53.3. The same bytes, moved without any work on them, took 54.3.
 _LINES = 256
 _FETCHERS, _TILES_A_TURN = 64, 2048
 _NESTED_BLOCKS_AT_ONCE = 4
