@@ -5,8 +5,8 @@ import dataclasses
 import pytest
 import torch
 
+from halfbyte.memory.host_copy import HostBuffers
 from halfbyte.train.gradients import MEASURED, Gradients, NonFiniteError
-from halfbyte.train.host_copy import HostBuffers
 
 
 @pytest.fixture

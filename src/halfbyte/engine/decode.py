@@ -18,6 +18,7 @@ from halfbyte.device import tensor_bytes
 from halfbyte.engine import obstacle as engine_obstacle
 from halfbyte.engine.decode_step import DecodeStep
 from halfbyte.engine.families import parts_of
+from halfbyte.memory.host_copy import HostBuffers, HostCopy
 
 # Layers whose every detail the step computes; the training engine may know more.
 _LAYERS = {"LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer"}
@@ -25,6 +26,7 @@ _LAYERS = {"LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer"}
 _ROPES = {"default", "linear", "llama3", "yarn"}
 _BEHIND = 4
 _SHARE_OF_FREE_MEMORY = 0.8
+_TOKENS = "tokens"
 
 Choose = Callable[[Tensor, Tensor], Tensor]
 
@@ -120,13 +122,13 @@ class Decoder:
         if choose is not None:
             chosen = _Chosen(choose, rows, max_new_tokens, step.tokens)
         answers = _Answers(len(prompts), frozenset(stop), on_token)
-        fetched: deque[_Fetched] = deque()
+        fetched: deque[HostCopy] = deque()
         step.refresh()
         logits = step.prefill(rows)
         for left in reversed(range(max_new_tokens)):
             if chosen is not None:
                 chosen.next_(logits)
-            fetched.append(_Fetched(step.tokens))
+            fetched.append(HostBuffers().copy({_TOKENS: step.tokens}))
             if len(fetched) > _BEHIND and not answers.take(fetched.popleft()):
                 break
             if left:
@@ -172,24 +174,6 @@ class _Chosen:
         self._count += 1
 
 
-class _Fetched:
-    """A copy of tokens on its way to the host."""
-
-    def __init__(self, tokens: Tensor) -> None:
-        self._event: torch.cuda.Event | None = None
-        self._tokens = torch.empty(tokens.shape, dtype=tokens.dtype, pin_memory=tokens.is_cuda)
-        self._tokens.copy_(tokens, non_blocking=True)
-        if tokens.is_cuda:
-            self._event = torch.cuda.Event()
-            self._event.record()
-
-    def wait(self) -> list[int]:
-        """Return them once they are there."""
-        if self._event is not None:
-            self._event.synchronize()
-        return self._tokens.tolist()
-
-
 class _Answers:
     """What has come of each answer."""
 
@@ -201,9 +185,9 @@ class _Answers:
         self._stop = stop
         self._on_token = on_token
 
-    def take(self, fetched: _Fetched) -> bool:
+    def take(self, fetched: HostCopy) -> bool:
         """Add one token to each open answer; return whether any is still open."""
-        new = fetched.wait()
+        new = fetched.wait()[_TOKENS].tolist()
         for row in sorted(self._open):
             self.tokens[row].append(new[row])
             if new[row] in self._stop:

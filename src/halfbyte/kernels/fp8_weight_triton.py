@@ -10,12 +10,11 @@ from halfbyte.kernels.fp8_triton import e4m3
 from halfbyte.kernels.fp8_weight import factors_ as _dispatching_factors_
 from halfbyte.kernels.fp8_weight import fill_ as _dispatching_fill_
 from halfbyte.kernels.sizes import cdiv, next_power_of_2
-from halfbyte.kernels.wide_triton import below, levels_on, right, right_rows
+from halfbyte.kernels.wide_triton import BELOW_COLUMNS, below, levels_on, right, right_rows
 
 # Elements of a tile, and its least width.
 _ELEMENTS, _WIDTH = 16384, 128
 _LARGEST_BLOCK = 512
-_BELOW_COLUMNS = 1024
 _LARGEST = tl.constexpr(fp8.LARGEST)
 _TARGET, _LEAST = tl.constexpr(fp8.BALANCE[0]), tl.constexpr(fp8.BALANCE[1])
 
@@ -171,11 +170,11 @@ def factors_(lora_A, lora_B, balances, parts, scales) -> None:
     block_ranks = max(next_power_of_2(ranks), 16)
     rows = right_rows(block_ranks)
     num_of_B = sum(cdiv(count, rows) for count in outputs)
-    programs = num_of_B + ranks * cdiv(inputs, _BELOW_COLUMNS)
+    programs = num_of_B + ranks * cdiv(inputs, BELOW_COLUMNS)
     largest = torch.empty(programs, dtype=torch.float32, device=lora_A.device)
     _factors_kernel[(programs,)](
         lora_A, lora_B, largest, *scales, *adapters, inputs, *outputs, *scalings,
         R0=own_ranks[0], R1=own_ranks[1], R2=own_ranks[2], R=ranks,
-        BLOCK_R=block_ranks, ROWS=rows, COLUMNS=_BELOW_COLUMNS,
+        BLOCK_R=block_ranks, ROWS=rows, COLUMNS=BELOW_COLUMNS,
     )  # fmt: skip
     _balances_kernel[(2,)](largest, balances, num_of_B, programs, BLOCK=next_power_of_2(programs))

@@ -21,7 +21,8 @@ _ELEMENTS, _WARPS = 2048, 2
 # Rows of B that a program writes at most, and their elements: with more, the registers that they
 # take would leave all programs of the kernel fewer places on a multiprocessor.
 _RIGHT_ROWS, _RIGHT_ELEMENTS = 64, 4096
-_BELOW_COLUMNS = 1024
+BELOW_COLUMNS = 1024
+"""Columns of A that a program writes."""
 
 
 @triton.jit
@@ -201,7 +202,7 @@ def assemble_(wide, parts, *, only_border=False) -> Tensor:
     grid = sum(cdiv(n * per_row, blocks) for n in outputs)
     if width:
         grid += sum(cdiv(n, rows) for n in outputs)
-        grid += width * cdiv(K, _BELOW_COLUMNS)
+        grid += width * cdiv(K, BELOW_COLUMNS)
     if not grid:
         return wide
     _assemble_kernel[(grid,)](
@@ -209,7 +210,7 @@ def assemble_(wide, parts, *, only_border=False) -> Tensor:
         R0=ranks[0], R1=ranks[1], R2=ranks[2],
         WIDTH=width, BLOCK_WIDTH=block_width,
         SIZE=first.block_size, NESTED=first.nested_absmax is not None, BLOCKS=blocks,
-        ROWS=rows, COLUMNS=_BELOW_COLUMNS, FILLS=not only_border,
+        ROWS=rows, COLUMNS=BELOW_COLUMNS, FILLS=not only_border,
         HAS_PTX=wide.is_cuda, enable_fp_fusion=False, num_warps=_WARPS,
     )  # fmt: skip
     return wide

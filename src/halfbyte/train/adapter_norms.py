@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from halfbyte.train.host_copy import HostBuffers, HostCopy
+from halfbyte.memory.host_copy import HostBuffers, HostCopy
 
 _A, _B = ".lora_A.", ".lora_B."
 

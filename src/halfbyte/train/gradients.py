@@ -12,7 +12,7 @@ from torch import Tensor
 
 from halfbyte.data.loader import Batch
 from halfbyte.errors import TrainingError
-from halfbyte.train.host_copy import HostCopy
+from halfbyte.memory.host_copy import HostCopy
 
 MEASURED = "losses and norm"
 """The name of what is on its way to the host."""

@@ -25,10 +25,10 @@ from halfbyte.adapters.io import restore_adapter, write_tensors
 from halfbyte.checkpoint.publish import publish, verify
 from halfbyte.checkpoint.reader import read_file
 from halfbyte.errors import CheckpointError
+from halfbyte.memory.host_copy import HostCopy
 from halfbyte.optim.adamw import AdamW
 from halfbyte.train.directory import checkpoints, disk_errors
 from halfbyte.train.gradients import StepResult
-from halfbyte.train.host_copy import HostCopy
 from halfbyte.train.rng import restore_generators
 
 STATE_VERSION = 2

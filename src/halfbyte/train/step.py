@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from halfbyte.data.loader import Batch
+from halfbyte.memory.host_copy import HostBuffers
 from halfbyte.optim.adamw import AdamW
 from halfbyte.train.ahead import Ahead
 from halfbyte.train.gradients import MEASURED, Gradients, NonFiniteError, StepResult
-from halfbyte.train.host_copy import HostBuffers
 from halfbyte.train.loss import LanguageModel
 from halfbyte.train.micro import cut
 from halfbyte.train.rng import seed_micro_step

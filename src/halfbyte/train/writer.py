@@ -16,10 +16,10 @@ from typing import Any, Self
 from peft import PeftModel
 
 from halfbyte.adapters.io import adapter_tensors, describe_adapter
+from halfbyte.memory.host_copy import HostBuffers
 from halfbyte.optim.adamw import AdamW
 from halfbyte.train.directory import disk_errors, keep_newest
 from halfbyte.train.events import CheckpointSaved
-from halfbyte.train.host_copy import HostBuffers
 from halfbyte.train.result import versions
 from halfbyte.train.rng import generator_states
 from halfbyte.train.state import Progress, Snapshot, describe_state, write_checkpoint

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from halfbyte.train.host_copy import HostBuffers
+from halfbyte.memory.host_copy import HostBuffers
 
 
 def test_copies_do_not_follow_their_tensors():

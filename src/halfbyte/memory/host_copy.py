@@ -1,7 +1,7 @@
-"""Tensors as they are now, copied to host memory while training goes on.
+"""Tensors as they are now, copied to host memory while the device goes on.
 
-On a GPU the copies are put in line behind the step's own work: nothing waits, and what comes later
-in the line cannot change what they take. Whoever reads them waits for the copies, not for training.
+On a GPU the copies are put in line behind the work that is queued: nothing waits, and what comes
+later in the line cannot change what they take. Whoever reads them waits for the copies alone.
 """
 
 import contextlib
