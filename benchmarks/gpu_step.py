@@ -122,7 +122,9 @@ def measure(
     # As the training loop does it: a step's rows are made and packed during the step before.
     count = steps + 3
     ahead = Ahead(
-        lambda n: batches_of(case, lengths, model.config.vocab_size, n), count, begins=True
+        lambda n: batches_of(case, lengths, model.config.vocab_size, n),
+        count,
+        begins=lambda _: True,
     )
     torch.cuda.synchronize(device)
     # A step ends when its loss and norm are there: so from one end to the next is one step.

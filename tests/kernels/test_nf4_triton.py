@@ -5,6 +5,8 @@ import torch
 
 from halfbyte.kernels import codebooks, nf4
 
+triton = pytest.importorskip("triton")
+tl = pytest.importorskip("triton.language")
 twin = pytest.importorskip("halfbyte.kernels.nf4_triton")
 
 # Short blocks, odd counts, several programs, blocks longer and shorter than a row.
@@ -85,3 +87,22 @@ def test_every_threshold_parts_its_neighbours(quant_type, triton_device):
     assert torch.equal(packed.cpu(), expected)
     _, absmax = twin.quantize_4bit(ends.to(triton_device), quant_type=quant_type)
     assert absmax.isnan().all()
+
+
+@triton.jit
+def _asks_for_nothing(ptr, first, num_bytes, LINES: tl.constexpr):
+    pass
+
+
+@pytest.mark.parametrize("numel", [2048 * 5, 2048 * 10 + 1, 2048 * 13 - 77])
+def test_turns_leave_out_no_tile(numel, triton_device, half_dtype, monkeypatch):
+    """As on a GPU, where programs that fetch codes stand before those of each turn's tiles."""
+    if triton_device.type == "cpu":  # whose interpreter has no inline PTX
+        monkeypatch.setattr(twin, "_fetch", _asks_for_nothing)
+    monkeypatch.setattr(twin, "_fetchers", lambda *_: 3)
+    monkeypatch.setattr(twin, "_TILES_A_TURN", 5)
+    torch.manual_seed(0)
+    packed, absmax = nf4.reference_quantize_4bit(torch.randn(numel).bfloat16(), rule="cuda")
+    settings = {"shape": (numel,), "dtype": half_dtype}
+    dense = twin.dequantize_4bit(*(t.to(triton_device) for t in (packed, absmax)), **settings)
+    assert torch.equal(dense.cpu(), nf4.reference_dequantize_4bit(packed, absmax, **settings))

@@ -47,7 +47,7 @@ def train(model, load, *, ahead=None):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_same_bits_come_out(make_lora, steps, dtype, begins):
     expected, losses = train(make_lora(lora_dropout=0.2).to(dtype), steps.__getitem__)
-    ahead = Ahead(steps.__getitem__, STEPS, begins=begins)
+    ahead = Ahead(steps.__getitem__, STEPS, begins=lambda _: begins)
     found, found_losses = train(make_lora(lora_dropout=0.2).to(dtype), None, ahead=ahead)
     assert found_losses == losses
     assert all(torch.equal(found[name], expected[name]) for name in expected)
@@ -134,7 +134,7 @@ def test_a_step_is_queued_before_the_one_before_is_waited_for(
         return result(self)
 
     monkeypatch.setattr(Gradients, "result", waits)
-    ahead = Ahead([steps[0], steps[2], steps[2]].__getitem__, STEPS, begins=True)
+    ahead = Ahead([steps[0], steps[2], steps[2]].__getitem__, STEPS, begins=lambda _: True)
     for step in range(STEPS):
         train_step(*parts_and_optimizer, ahead.batches(step), step=step, ahead=ahead, **SETTINGS)
     assert queued == [0, 1, 2]  # each once
@@ -147,7 +147,7 @@ def test_long_steps_and_changed_models_are_not_queued_before(
     parts, optimizer = parts_and_optimizer
     queued = watched(monkeypatch)
     monkeypatch.setattr(ahead_module, "MAX_TOKENS", 15)
-    ahead = Ahead([steps[0], steps[0], steps[2]].__getitem__, STEPS, begins=True)
+    ahead = Ahead([steps[0], steps[0], steps[2]].__getitem__, STEPS, begins=lambda _: True)
     train_step(parts, optimizer, ahead.batches(0), step=0, ahead=ahead, **SETTINGS)
     assert queued == [0]
     train_step(parts, optimizer, ahead.batches(1), step=1, ahead=ahead, **SETTINGS)
@@ -169,7 +169,7 @@ def test_a_step_behind_one_that_is_not_finite_is_the_right_one(make_lora, steps)
         parts = LanguageModel.of(model)
         named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
         optimizer = AdamW(named)
-        ahead = Ahead([[good], [bad], [good]].__getitem__, STEPS, begins=begins)
+        ahead = Ahead([[good], [bad], [good]].__getitem__, STEPS, begins=lambda _: begins)
         for step in range(STEPS):
             batches = ahead.batches(step)
             with pytest.raises(NonFiniteError) if step == 1 else contextlib.nullcontext():
@@ -192,7 +192,7 @@ def test_a_step_that_could_not_be_queued_early_is_done_in_its_turn(make_lora, st
         return norm(self)
 
     monkeypatch.setattr(AdamW, "grad_norm", fails_once)
-    ahead = Ahead(steps.__getitem__, STEPS, begins=True)
+    ahead = Ahead(steps.__getitem__, STEPS, begins=lambda _: True)
     found, found_losses = train(make_lora(), None, ahead=ahead)
     assert len(calls) == STEPS + 1
     assert found_losses == losses

@@ -73,7 +73,8 @@ class Stay:
     def nbytes(self) -> int:
         """Of what stays."""
         tensors = (self.matrix, self.transposed, self.factors)
-        return sum(tensor.nbytes for tensor in tensors if tensor is not None)
+        # With what lies between rows.
+        return sum(t.untyped_storage().nbytes() for t in tensors if t is not None)
 
     def end(self) -> None:
         """Give the memory back."""

@@ -24,9 +24,10 @@ from halfbyte.kernels.sizes import cdiv
 _TILE, _WARPS = 2048, 2
 # Dequantizing writes four bytes for each that it reads, and a memory that changes from one to the
 # other loses time. So it goes in turns: a few programs ask for the codes of the next 2 MiB at once,
-# to be brought to the L2 cache, and those behind them find them there. A weight of 14336 x 4096
-# took an H100 55.5 us without, whatever the tile, and takes 54.7; with words of eight codes a
-# thread, in a trial, 52.4 to 53.3. The same bytes, moved without any work on them, took 54.3.
+# to be brought to the L2 cache, and those behind them find them there. In a trial, with words of
+# eight codes a thread, turns took an H100 52.4 to 53.8 us for a weight of 14336 x 4096, and 55.1 to
+# 55.5 without; the same bytes, moved without any work on them, took 54.3. As it is here it took
+# 54.7 us beside 78.7 of bitsandbytes; before there were turns, in another call, 55.6 beside 79.8.
 _LINES = 256
 _FETCHERS, _TILES_A_TURN = 64, 2048
 _NESTED_BLOCKS_AT_ONCE = 4
@@ -298,11 +299,9 @@ def _dequantize_into(out, packed, scales, nested, block_size, quant_type):
     width = min(block_size, _TILE)
     rows = _TILE // width
     codes, nested_map, offset = nested or (scales, scales, scales)
-    # Without inline PTX nothing can be asked for; and little is not worth it.
     tiles = cdiv(numel, _TILE)
-    has_turns = packed.is_cuda and tiles >= _TILES_A_TURN
-    fetchers = _FETCHERS if has_turns else 0
-    grid = cdiv(tiles, _TILES_A_TURN) * (fetchers + _TILES_A_TURN) if has_turns else tiles
+    fetchers = _fetchers(packed, tiles)
+    grid = cdiv(tiles, _TILES_A_TURN) * (fetchers + _TILES_A_TURN) if fetchers else tiles
     _dequantize_kernel[(grid,)](
         packed.contiguous(),
         scales.contiguous(),
@@ -323,6 +322,11 @@ def _dequantize_into(out, packed, scales, nested, block_size, quant_type):
         enable_fp_fusion=False,
         num_warps=_WARPS,
     )
+
+
+def _fetchers(packed, tiles):
+    """Return how many programs of a turn fetch: none without inline PTX, or where codes are few."""
+    return _FETCHERS if packed.is_cuda and tiles >= _TILES_A_TURN else 0
 
 
 def quantize_blockwise(values, offset=None):

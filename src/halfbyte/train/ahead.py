@@ -42,15 +42,21 @@ class Ahead:
     Args:
         load: Returns the micro-batches of a step, counted from 0; it may be asked for a step twice.
         num_steps: Steps from this one on are not looked at.
-        begins: Whether steps are queued before the one before is waited for: where the device
-            works beside the host. Those of more than `MAX_TOKENS` tokens are not: they are long,
-            the host's part is not seen in them, and news of a step would come a step late.
+        begins: Whether a step may be queued before the one before is waited for: where the device
+            works beside the host, and nothing comes in between that would wait for it. Steps of
+            more than `MAX_TOKENS` tokens never are: they are long, the host's part is not seen in
+            them, and news of a step would come a step late.
     """
 
     def __init__(
-        self, load: Callable[[int], Sequence[Batch]], num_steps: int, *, begins: bool = False
+        self,
+        load: Callable[[int], Sequence[Batch]],
+        num_steps: int,
+        *,
+        begins: Callable[[int], bool] | None = None,
     ) -> None:
-        self._load, self._num_steps, self._begins = load, num_steps, begins
+        self._load, self._num_steps = load, num_steps
+        self._begins = begins or _never
         self._ready: dict[int, _Ready] = {}
 
     def batches(self, step: int) -> Sequence[Batch]:
@@ -89,13 +95,16 @@ class Ahead:
             compute: Called with its batches and `step`.
         """
         ready = self._ready.get(step)
-        if not self._begins or ready is None or ready.gradients is not None:
+        if ready is None or ready.gradients is not None or not self._begins(step):
             return
         if sum(piece.num_tokens for piece in ready.micro_steps) > MAX_TOKENS:
             return
-        # As with `look`. A step that failed half-way begins again from zero gradients.
-        with contextlib.suppress(Exception):
+        try:
             self._ready[step] = replace(ready, gradients=compute(ready.batches, step=step))
+        except Exception:  # noqa: BLE001 - as with `look`, it comes up when the step begins
+            # Memory, as a rule. What failed half-way begins again from zero gradients, and what
+            # did not fit here once is not tried here again.
+            self._begins = _never
 
     def begun(
         self, model: LanguageModel, batches: Sequence[Batch], max_tokens: int | None
@@ -109,3 +118,7 @@ class Ahead:
 
     def _find(self, batches: Sequence[Batch]) -> _Ready | None:
         return next((r for r in self._ready.values() if r.batches is batches), None)
+
+
+def _never(_: int) -> bool:
+    return False

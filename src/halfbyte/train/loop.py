@@ -136,14 +136,14 @@ def _do_steps(run: Run, listeners: Sequence[Listener]) -> TrainResult:
         ahead = Ahead(
             lambda step: run.plan.step(*divmod(step, len(run.plan))),
             num_steps=run.total_steps,
-            begins=run.device.type == "cuda",
+            begins=lambda step: run.device.type == "cuda" and not _is_pause(run, step),
         )
         while run.progress.step < run.total_steps:
             _step(run, ahead)
-            if run.is_due(config.eval_strategy, config.eval_steps) and not _is_last(run):
+            if run.evaluates(run.progress.step) and not _is_last(run):
                 _evaluate(run, interruption)
             stop = interruption.signum
-            if stop is not None or run.is_due(config.save_strategy, config.save_steps):
+            if stop is not None or run.saves(run.progress.step):
                 _tell_saved(run, writer, wait=True)
                 writer.save(run.progress)
             if stop is not None and not _is_last(run):
@@ -265,6 +265,11 @@ def _tell_saved(
     else:
         if saved is not None:
             run.tell(saved)
+
+
+def _is_pause(run: Run, step: int) -> bool:
+    """Whether something comes before a step, from 0, that a step begun early would hold up."""
+    return run.evaluates(step) or run.saves(step)
 
 
 def _is_last(run: Run) -> bool:

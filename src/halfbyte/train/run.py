@@ -94,10 +94,18 @@ class Run:
             return len(self.plan)
         return 0 if strategy == "no" or every is None else steps_between(every, self.total_steps)
 
-    def is_due(self, strategy: When, every: float | None) -> bool:
-        """Whether something is to be done after the current step."""
+    def is_due(self, strategy: When, every: float | None, step: int) -> bool:
+        """Whether something is to be done after so many steps."""
         distance = self.steps_between(strategy, every)
-        return distance > 0 and self.progress.step % distance == 0
+        return distance > 0 and step % distance == 0
+
+    def evaluates(self, step: int) -> bool:
+        """Whether the held-out rows are to be evaluated after so many steps."""
+        return self.is_due(self.config.eval_strategy, self.config.eval_steps, step)
+
+    def saves(self, step: int) -> bool:
+        """Whether a checkpoint is to be written after so many steps."""
+        return self.is_due(self.config.save_strategy, self.config.save_steps, step)
 
 
 def assemble(
