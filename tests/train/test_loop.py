@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from transformers import AutoTokenizer
 from halfbyte.data.config import DataConfig
 from halfbyte.data.loader import BatchPlan
 from halfbyte.errors import CheckpointError, ConfigError, DataError, TrainingError
+from halfbyte.train import loop
 from halfbyte.train import metrics as metrics_module
 from halfbyte.train.config import TrainConfig
 from halfbyte.train.directory import locked
@@ -109,6 +111,36 @@ def test_tells_its_listeners_in_order(make_lora, tokenizer, rows_of, settings):
     assert events[0].train_rows == 10
     assert events[0].trainable_parameters == 8192
     assert events[-1].result.eval_loss == rest[-2].loss
+
+
+def test_steps_that_are_queued_early_change_no_bit(
+    make_lora, tokenizer, rows_of, settings, monkeypatch
+):
+    """As on a GPU: but not where an evaluation or a checkpoint comes before them."""
+    config = {"eval_steps": 3, "save_steps": 4, "overwrite_output_dir": True}
+
+    def run():
+        model = make_lora(lora_dropout=0.2)
+        data = {"eval_data": rows_of([9])}
+        result = train(model, tokenizer, rows_of(LENGTHS), settings(**config), **data)
+        return {n: p for n, p in model.named_parameters() if "lora" in n}, result
+
+    plain, expected = run()
+    may_begin, begun = loop._may_begin, []
+
+    def on_a_gpu(run, step):
+        assert not may_begin(run, step)
+        stand_in = SimpleNamespace(
+            device=torch.device("cuda"), evaluates=run.evaluates, saves=run.saves
+        )
+        begun.extend([step] if may_begin(stand_in, step) else [])
+        return step in begun
+
+    monkeypatch.setattr(loop, "_may_begin", on_a_gpu)
+    found, result = run()
+    assert begun == [1, 2, 5]
+    assert (result.loss, result.eval_loss) == (expected.loss, expected.eval_loss)
+    assert all(torch.equal(found[name], plain[name]) for name in plain)
 
 
 def test_epochs_become_steps_and_every_row_is_seen(make_lora, tokenizer, rows_of, settings):

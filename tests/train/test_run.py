@@ -10,7 +10,6 @@ from halfbyte.train.config import TrainConfig
 from halfbyte.train.evaluate import evaluate
 from halfbyte.train.loop import train
 from halfbyte.train.run import assemble
-from halfbyte.train.state import Progress
 
 
 @pytest.fixture
@@ -25,12 +24,7 @@ def assembled(make_lora, tokenizer, rows_of, tmp_path):
 
 
 def due(run, strategy, every):
-    found = []
-    for step in range(1, run.total_steps + 1):
-        run.progress = Progress(step=step)
-        if run.is_due(strategy, every):
-            found.append(step)
-    return found
+    return [step for step in range(1, run.total_steps + 1) if run.is_due(strategy, every, step)]
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ and `Progress`.
 
 import contextlib
 import dataclasses
+import functools
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -136,7 +137,7 @@ def _do_steps(run: Run, listeners: Sequence[Listener]) -> TrainResult:
         ahead = Ahead(
             lambda step: run.plan.step(*divmod(step, len(run.plan))),
             num_steps=run.total_steps,
-            begins=lambda step: run.device.type == "cuda" and not _is_pause(run, step),
+            begins=functools.partial(_may_begin, run),
         )
         while run.progress.step < run.total_steps:
             _step(run, ahead)
@@ -267,9 +268,12 @@ def _tell_saved(
             run.tell(saved)
 
 
-def _is_pause(run: Run, step: int) -> bool:
-    """Whether something comes before a step, from 0, that a step begun early would hold up."""
-    return run.evaluates(step) or run.saves(step)
+def _may_begin(run: Run, step: int) -> bool:
+    """Whether a step, from 0, may be queued before the one before it is waited for.
+
+    Not where something comes in between, which it would hold up.
+    """
+    return run.device.type == "cuda" and not (run.evaluates(step) or run.saves(step))
 
 
 def _is_last(run: Run) -> bool:
