@@ -1,10 +1,10 @@
 """Matrices with room for a few more columns in each row, a border, and how far apart rows lie.
 
 A border of LoRA's ranks makes rows of odd lengths, which slow products down. So rows begin at
-multiples of 256 bytes, whatever they hold.
-The products of a layer of Llama 8B, forward and backward, took an H100 10,576 us with rows as long
-as what is in them, 10,552 with rows at multiples of 64 bytes, 10,486 of 128 and 10,311 of 256;
-without a border 10,253 (8,192 tokens, rank 16, the card at its limit of power).
+multiples of 256 bytes, whatever they hold. The products of a layer of Llama 8B, forward and
+backward, took an H100 10,576 us with rows as long as what is in them, 10,552 with rows at multiples
+of 64 bytes, 10,486 of 128 and 10,311 of 256; without a border 10,253 (8,192 tokens, rank 16, the
+card at its limit of power).
 """
 
 from torch import Tensor
